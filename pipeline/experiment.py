@@ -1,0 +1,189 @@
+"""An experiment: one run's file. A recipe by name, visible changes to it, models, data, scale, resources.
+
+What a recipe leaves out stands here: it changes with scale, the algorithm does not. The resolved copy that a run
+keeps (`experiment.toml`) holds the recipe in full, so that nothing is read from anywhere else afterwards.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.algorithms.recipe import Recipe
+from pipeline.errors import ExperimentError
+from pipeline.settings import Settings, explain, override, read_toml
+
+
+class Models(Settings):
+    """Where the policy comes from."""
+
+    policy: str | None = None
+    """A Hugging Face checkpoint or a `policy` artifact to start from. Absent: `sft` makes one from `new`."""
+    new: dict[str, Any] = Field(default_factory=dict)
+    """Shape and tokenizer of the small model that `sft` creates when no policy is named."""
+
+
+class DataSlice(Settings):
+    """One dataset that `ingest` makes for the run."""
+
+    source: str = "files"
+    """`files`, or a built-in world: `arithmetic`."""
+    artifact: str | None = None
+    """An ingested artifact to use as it is; nothing else is read then."""
+    files: tuple[str, ...] = ()
+    """Paths, relative to `data.folder`."""
+    split: str = "train"
+    """Which side of a built-in world: `train` or `held_out`."""
+    count: int | None = None
+    """Rows wanted; all of them when absent."""
+    grader: str = "exact"
+    """Who compares a response with the answer."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name -> the name in the file, where the usual aliases do not fit."""
+
+
+class Data(Settings):
+    """What the run reads."""
+
+    folder: str = "."
+    """Where relative `files` start."""
+    world: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the built-in world."""
+    demonstrations: DataSlice | None = None
+    prompts: DataSlice
+    held_out: DataSlice | None = None
+
+
+class Sft(Settings):
+    """Supervised fine-tuning before the loop."""
+
+    enabled: bool = True
+    """Off: the loop starts from `models.policy` as it is."""
+    epochs: int = Field(1, ge=1)
+    batch: int = Field(64, ge=1)
+    """Demonstrations per optimizer step."""
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_share: float = Field(0.03, ge=0, le=1)
+    final_share: float = Field(0.1, ge=0, le=1)
+    """Cosine decay ends at this share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Scale(Settings):
+    """Sizes of the loop."""
+
+    iterations: int = Field(ge=1)
+    groups: int = Field(ge=1)
+    """Prompts per iteration, after filtering."""
+    prompt_tokens: int = Field(ge=1)
+    """Longer prompts are rejected and counted, never cut."""
+    response_tokens: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up; constant after that."""
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+
+
+class Evaluation(Settings):
+    """Sampling on held-out prompts."""
+
+    samples: int = Field(8, ge=1)
+    """Responses per held-out prompt: pass@k and maj@k up to this k."""
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    every: int = Field(0, ge=0)
+    """Evaluate after every so many iterations as well; the first and the last policy always are."""
+
+
+class Resources(Settings):
+    """How stages run; no result depends on it beyond rounding."""
+
+    engine: str = "vllm"
+    """Who samples: `vllm`, `transformers`, `scripted`."""
+    launcher: Literal["inline", "process"] = "inline"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Of the sampler. Training computes in the checkpoint's own type."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens that fit into memory at once in training and scoring."""
+    grader_seconds: float = Field(5.0, gt=0)
+    """One answer's grading is killed after this time."""
+    python: dict[str, str] = Field(default_factory=dict)
+    """Stage name -> interpreter of its own environment (launcher `process`)."""
+
+
+class Experiment(Settings):
+    """A run, resolved: everything that its stages read."""
+
+    name: str
+    base: str
+    """The run that holds what all recipes on this data share: ingested data and the SFT policy."""
+    seed: int = 0
+    recipe: Recipe
+    recipe_changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Recipe name -> deviations from the published recipe; those of the chosen recipe are applied and recorded."""
+    models: Models = Models()
+    data: Data
+    sft: Sft = Sft()
+    scale: Scale
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.models.policy is None and not self.models.new:
+            raise ValueError("models: name a `policy`, or describe a `new` one")
+        if self.models.policy is None and not self.sft.enabled:
+            raise ValueError("sft.enabled = false needs models.policy: there is nothing to start from")
+        if self.sft.enabled and self.data.demonstrations is None:
+            raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
+        return self
+
+    @classmethod
+    def load(
+        cls, path: Path, assignments: Iterable[str] = (), recipe: str | None = None, name: str | None = None
+    ) -> Self:
+        """Read an experiment file, apply `a.b=c` assignments, resolve the recipe, check that it fits together.
+
+        Raises `ExperimentError` (or `RecipeError`) with file, place and value.
+        """
+        tables = override(read_toml(path), assignments)
+        wanted = recipe if recipe is not None else tables.get("recipe")
+        if wanted is None:
+            raise ExperimentError("the experiment names no recipe", str(path), 'write: recipe = "grpo"')
+        chosen = Recipe.load(wanted) if isinstance(wanted, str) else Recipe.read(wanted)
+        changes = tables.get("recipe_changes", {})
+        _check_changes(changes, path)
+        tables["recipe"] = chosen.changed(changes.get(chosen.name, {}))
+        tables["name"] = name or tables.get("name") or path.stem
+        tables.setdefault("base", f"{path.stem}-base")
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise ExperimentError(
+                explain(error), str(path), "correct the file, or the --set; `rlhf run --dry-run` shows the result"
+            ) from error
+
+    def dump(self) -> str:
+        """The resolved experiment as TOML; `load` of it gives an equal experiment."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _check_changes(changes: Mapping[str, Any], path: Path) -> None:
+    unknown = [name for name in changes if name not in Recipe.names()]
+    if unknown:
+        raise ExperimentError(
+            f"recipe_changes.{unknown[0]}: no such recipe",
+            str(path),
+            f"write [recipe_changes.NAME] with NAME one of {', '.join(Recipe.names())}",
+        )
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value

@@ -1,0 +1,65 @@
+"""Settings: frozen, nothing extra, every field documented; TOML in, `a.b=c` overrides on top."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ExperimentError
+
+
+class Settings(BaseModel):
+    """Base of every settings class: immutable, refuses unknown names, the string under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises `ExperimentError` with the line that does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExperimentError(f"no such file: {path}", do="check the path, or name one of `rlhf run --help`") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"not valid TOML: {error}", where=str(path)) from error
+
+
+def override(tables: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Return `tables` with each `a.b=c` applied; `c` is read as TOML, and as plain text where TOML does not allow it.
+
+    Raises `ExperimentError` when an assignment has no `=` or goes through something that is not a table.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tables))
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ExperimentError(f"cannot read --set {assignment!r}", do="write --set table.name=value")
+        *tables_on_the_way, last = name.strip().split(".")
+        place = result
+        for key in tables_on_the_way:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ExperimentError(f"--set {assignment!r}: {key!r} is a value, not a table")
+        place[last] = _value(text.strip())
+    return result
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """One line per fault of a pydantic error: dotted place, what is wrong, the value found."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        place = ".".join(str(part) for part in fault["loc"])
+        found = repr(fault.get("input"))
+        found = found if len(found) <= 60 else found[:57] + "..."
+        lines.append(f"{prefix}{place}: {fault['msg']} [input_value={found}]")
+    return "\n".join(lines)

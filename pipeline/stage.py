@@ -1,0 +1,352 @@
+"""A stage: a function that reads artifacts and writes one, known by its signature.
+
+    @stage(writes=LABELS, version=1)
+    def label(inputs: Inputs, settings: Settings, out: Outbox) -> None: ...
+
+`Inputs` is a frozen dataclass whose annotations name the contracts: `Annotated[Artifact, ROLLOUTS]`, with `| None`
+for an input that may be absent and `tuple[Artifact, ...]` for several; `Annotated[tuple[Path, ...], FILES]` is files
+from outside. Everything else follows: what is read and written, the command line, fingerprint, reuse, commit.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Self, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+from pydantic import ValidationError
+
+from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of
+from pipeline.contracts import Contract
+from pipeline.errors import ArtifactError, ExperimentError, InputError, PipelineError
+from pipeline.experiment import Experiment
+from pipeline.settings import Settings, explain, override
+
+FILES: Final = "files"
+"""Marks an input that is files from outside rather than an artifact."""
+
+Paths = Mapping[str, Path | Sequence[Path] | None]
+
+
+class StageSettings(Settings):
+    """Base of a stage's settings: the slice of the experiment that it reads."""
+
+    @classmethod
+    def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that `experiment` gives; `changes` may say which part of it is meant."""
+        raise TypeError(f"{cls.__module__} takes nothing from an experiment")
+
+    @classmethod
+    def of(cls, experiment: Experiment | None, changes: Mapping[str, Any] | None = None) -> Self:
+        """Settings from an experiment with `changes` on top. Raises `ExperimentError` naming field and value."""
+        changes = changes or {}
+        base = cls.slice(experiment, changes) if experiment is not None else {}
+        try:
+            return cls.model_validate({**base, **changes})
+        except ValidationError as error:
+            raise ExperimentError(
+                explain(error),
+                f"settings of stage {cls.__module__.rpartition('.')[2]}",
+                "give it with --set name=value",
+            ) from error
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One field of a stage's `Inputs`."""
+
+    name: str
+    contract: Contract | None
+    """None: files from outside."""
+    many: bool
+    optional: bool
+
+    @classmethod
+    def of(cls, name: str, annotation: Any) -> Self:
+        """Read `Annotated[Artifact | None, CONTRACT]` and its relatives."""
+        if get_origin(annotation) in (Union, types.UnionType):  # get_type_hints turns `= None` into this
+            annotation = next(a for a in get_args(annotation) if a is not types.NoneType)
+        inner, marker = get_args(annotation)[:2]
+        optional = get_origin(inner) in (Union, types.UnionType)
+        kinds = [a for a in get_args(inner) if a is not types.NoneType] if optional else [inner]
+        return cls(name, None if marker == FILES else marker, get_origin(kinds[0]) is tuple, optional)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage function with everything that its signature says. `@stage` makes it."""
+
+    name: str
+    function: Callable[[Any, Any, Outbox], None]
+    writes: tuple[Contract, ...]
+    version: int
+    hardware: str
+    """`cpu`, or `gpu` where one helps: a concurrency tag for the orchestrator."""
+    settings_type: type[StageSettings]
+    inputs_type: type[Any]
+    inputs: tuple[InputSpec, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the inputs, as the stage table prints them."""
+        return tuple(f"{spec.name}?" if spec.optional else spec.name for spec in self.inputs)
+
+    @property
+    def summary(self) -> str:
+        """First line of the stage's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def contract(self, settings: StageSettings) -> Contract:
+        """What this computation writes; a stage that can write several kinds has a setting `kind`."""
+        if len(self.writes) == 1:
+            return self.writes[0]
+        return next(contract for contract in self.writes if contract.name == getattr(settings, "kind"))  # noqa: B009
+
+    def run(self, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact:
+        """Return the artifact of this computation at `out`, made now unless it is already there.
+
+        Raises `ArtifactError` when `out` holds another computation, and whatever the stage raises; what it had
+        finished by then is kept for the next try, except after an error of the request itself.
+        """
+        opened, fingerprint = self._identify(settings, paths)
+        if (done := self._reuse(out, settings, opened, fingerprint)) is not None:
+            return done
+        for artifacts in opened.values():
+            for item in artifacts:
+                if isinstance(item, Artifact) and item.contract.is_table:
+                    item.check()
+        outbox = Outbox(
+            out, self.contract(settings), self.name, self.version, fingerprint,
+            settings.model_dump(mode="json"), _records(opened),
+        )  # fmt: skip
+        try:
+            self.function(self._inputs(opened), settings, outbox)
+            return outbox.commit()
+        except PipelineError as error:
+            if error.exit_code == ExperimentError.exit_code:
+                outbox.discard()
+            raise
+
+    def committed(self, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact | None:
+        """The artifact at `out` if it is this exact computation; None if nothing is there. Starts nothing."""
+        if not out.exists():
+            return None
+        opened, fingerprint = self._identify(settings, paths)
+        return self._reuse(out, settings, opened, fingerprint)
+
+    def command(
+        self,
+        out: Path,
+        settings: StageSettings,
+        experiment: tuple[Experiment, Path] | None = None,
+        python: str = sys.executable,
+        **paths: Path | Sequence[Path] | None,
+    ) -> list[str]:
+        """The words that a person would type for this computation."""
+        words = [
+            python,
+            "-m",
+            self.function.__module__ if self.function.__module__ != "__main__" else f"stages.{self.name}",
+        ]
+        changes = settings.model_dump(mode="json", exclude_none=True)
+        if experiment is not None:
+            base = self.settings_type.slice(experiment[0], changes)
+            base = {name: _plain(value) for name, value in base.items()}
+            changes = {name: value for name, value in changes.items() if base.get(name) != value}
+            words += ["--experiment", str(experiment[1])]
+        for spec in self.inputs:
+            given = _as_list(paths.get(spec.name))
+            words += [f"--{spec.name.replace('_', '-')}", *map(str, given)] if given else []
+        for name, value in changes.items():
+            words += ["--set", f"{name}={_as_toml(value)}"]
+        return [*words, "--out", str(out)]
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
+        try:
+            self.run_arguments(self.parser().parse_args(arguments))
+        except PipelineError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(error.exit_code)
+
+    def run_arguments(self, given: argparse.Namespace) -> Artifact:
+        """Run what a parsed command line asks for and say where it lies."""
+        changes = override({}, given.set)
+        experiment = Experiment.load(given.experiment) if given.experiment else None
+        paths = {spec.name: getattr(given, spec.name) for spec in self.inputs}
+        if experiment is not None and changes:
+            base = {name: _plain(v) for name, v in self.settings_type.slice(experiment, changes).items()}
+            touched = override(base, given.set)
+            changes = {name: touched[name] for name in changes}
+        artifact = self.run(given.out, self.settings_type.of(experiment, changes), **paths)
+        sys.stderr.write(f"{self.name} -> {artifact.path}  digest {artifact.manifest.digest[:16]}\n")
+        return artifact
+
+    def parser(self) -> argparse.ArgumentParser:
+        """One option per input, `--experiment`, `--set`, `--out`; the epilog lists the settings."""
+        parser = argparse.ArgumentParser(
+            prog=f"rlhf stage {self.name}",
+            description=inspect.getdoc(self.function),
+            epilog=_settings_help(self.settings_type),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for spec in self.inputs:
+            what = "files from outside" if spec.contract is None else f"{spec.contract.name} artifact"
+            parser.add_argument(
+                f"--{spec.name.replace('_', '-')}", dest=spec.name, type=Path, nargs="+" if spec.many else None,
+                required=not spec.optional, metavar="PATH", help=what + (" (optional)" if spec.optional else ""),
+            )  # fmt: skip
+        parser.add_argument("--experiment", type=Path, help="take the settings from this experiment file")
+        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+        parser.add_argument("--out", type=Path, required=True, help="directory to make")
+        return parser
+
+    def _identify(self, settings: StageSettings, paths: Paths) -> tuple["Opened", str]:
+        opened = {spec.name: _open(self.name, spec, paths.get(spec.name)) for spec in self.inputs}
+        given = settings.model_dump(mode="json")
+        return opened, fingerprint_of(self.name, self.version, given, _records(opened))
+
+    def _reuse(self, out: Path, settings: StageSettings, opened: "Opened", fingerprint: str) -> Artifact | None:
+        if not out.exists():
+            return None
+        there = Artifact.open(out)
+        if there.manifest.fingerprint == fingerprint:
+            return there
+        raise ArtifactError(
+            f"made by a different computation ({self._difference(there.manifest, settings, opened)})",
+            str(out),
+            "choose another --out (or --name), or delete it to make it again",
+        )
+
+    def _difference(self, there: Manifest, settings: StageSettings, opened: "Opened") -> str:
+        if (there.stage, there.version) != (self.name, self.version):
+            return f"stage {there.stage} version {there.version} -> {self.name} version {self.version}"
+        old, new = _flat(there.settings), _flat(settings.model_dump(mode="json"))
+        changed = [
+            f"{self.name}.{k}: {old.get(k)!r} -> {new.get(k)!r}"
+            for k in sorted({*old, *new})
+            if old.get(k) != new.get(k)
+        ]
+        records = _records(opened)
+        for name in sorted({*there.inputs, *records}):
+            if [r.digest for r in there.inputs.get(name, [])] != [r.digest for r in records.get(name, [])]:
+                changed.append(f"input {name} has other bytes")
+        return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+    def _inputs(self, opened: "Opened") -> Any:
+        values: dict[str, Any] = {}
+        for spec in self.inputs:
+            items = opened[spec.name]
+            whole = [item.path if isinstance(item, ForeignFile) else item for item in items]
+            values[spec.name] = tuple(whole) if spec.many else (whole[0] if whole else None)
+        return self.inputs_type(**values)
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A file from outside, named by its bytes."""
+
+    path: Path
+    record: InputRecord
+
+
+Opened = dict[str, "list[Artifact | ForeignFile]"]
+
+
+def stage(
+    *, writes: Contract | tuple[Contract, ...], version: int, hardware: str = "cpu"
+) -> Callable[[Callable[[Any, Any, Outbox], None]], Stage]:
+    """Turn `name(inputs, settings, out)` into a `Stage`. `version` rises when results change."""
+
+    def decorate(function: Callable[[Any, Any, Outbox], None]) -> Stage:
+        hints = get_type_hints(function)
+        fields = get_type_hints(hints["inputs"], include_extras=True)
+        specs = tuple(InputSpec.of(f.name, fields[f.name]) for f in dataclasses.fields(hints["inputs"]))
+        kinds = writes if isinstance(writes, tuple) else (writes,)
+        return Stage(
+            function.__name__, function, kinds, version, hardware, hints["settings"], hints["inputs"], specs
+        )  # fmt: skip
+
+    return decorate
+
+
+def _open(stage_name: str, spec: InputSpec, given: Path | Sequence[Path] | None) -> "list[Artifact | ForeignFile]":
+    paths = _as_list(given)
+    if not paths and not spec.optional:
+        raise InputError(
+            f"stage {stage_name} needs --{spec.name.replace('_', '-')}", do=f"`rlhf stage {stage_name} --help`"
+        )
+    if spec.contract is None:
+        return [_open_file(path) for path in paths]
+    return [Artifact.open(path, spec.contract) for path in paths]
+
+
+def _open_file(path: Path) -> ForeignFile:
+    if not path.exists():
+        raise InputError("no such file", str(path), "check the path; in an experiment it starts at data.folder")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = digest_of({p.name if p == path else p.relative_to(path).as_posix(): file_record(p) for p in files})
+    return ForeignFile(path, InputRecord(path=str(path), fingerprint=digest, digest=digest))
+
+
+def _records(opened: Opened) -> dict[str, list[InputRecord]]:
+    return {
+        name: [item.record if isinstance(item, ForeignFile) else item.record() for item in items]
+        for name, items in opened.items()
+        if items
+    }
+
+
+def _as_list(given: Path | Sequence[Path] | None) -> list[Path]:
+    if given is None:
+        return []
+    return [Path(given)] if isinstance(given, str | os.PathLike) else [Path(p) for p in given]
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as JSON has it, without empty fields."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _as_toml(value: Any) -> str:
+    """A value on one line of TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+
+
+def _key(name: str) -> str:
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def _settings_help(settings_type: type[StageSettings]) -> str:
+    lines = ["settings (--set name=value; nested: --set table.name=value):"]
+    for name, info in settings_type.model_fields.items():
+        default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        lines.append(f"  {name:<20} {info.description or ''} [{default}]")
+    return "\n".join(lines)
+
+
+__all__ = ["FILES", "Annotated", "Artifact", "InputSpec", "Outbox", "Stage", "StageSettings", "stage"]

@@ -1,0 +1,98 @@
+"""Text to tokens and back: the only place that tokenizes.
+
+Responses are tokenized once, by whoever wrote them; here are prompts, demonstrations and responses from elsewhere.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactError, InputError
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class Chat:
+    """A checkpoint's tokenizer with its chat template.
+
+    Raises `ArtifactError` when the directory has no tokenizer, no chat template or no end token.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"no tokenizer: {error}", str(checkpoint), "name a Hugging Face model directory"
+            ) from error
+        if self.tokenizer.chat_template is None:
+            raise ArtifactError("the tokenizer has no chat template", str(checkpoint), "add chat_template.jinja to it")
+        if self.tokenizer.eos_token_id is None:
+            raise ArtifactError("the tokenizer has no end token", str(checkpoint), "set eos_token in its config")
+        self.checkpoint = checkpoint
+
+    def prompt_tokens(self, messages: Messages) -> list[int]:
+        """The conversation up to where the assistant begins to write."""
+        return self._apply(messages, add_generation_prompt=True)
+
+    def demonstration(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Tokens of a whole conversation, and True where the assistant wrote them (its end token included).
+
+        Raises `InputError` for a template that writes a turn differently once more turns follow: there is then no
+        telling which tokens are the assistant's.
+        """
+        tokens = self._apply(messages)
+        mask = [False] * len(tokens)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end = self._apply(messages[:turn], add_generation_prompt=True), self._apply(messages[: turn + 1])
+            if end[: len(start)] != start or tokens[: len(end)] != end:
+                raise InputError(
+                    "the chat template is not prefix-preserving: the assistant's tokens cannot be told apart",
+                    str(self.checkpoint),
+                    "use a training variant of the template",
+                )
+            mask[len(start) : len(end)] = [True] * (len(end) - len(start))
+        return tokens, mask
+
+    def response_tokens(self, text: str, finished: bool = True) -> list[int]:
+        """Tokens of a response from elsewhere; with the end token when it was finished."""
+        tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
+        return [*tokens, int(self.tokenizer.eos_token_id)] if finished else tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """End tokens: the tokenizer's, and those of generation_config.json where there is one."""
+        from transformers import GenerationConfig
+
+        ids = {int(self.tokenizer.eos_token_id)}
+        if (self.checkpoint / "generation_config.json").is_file():
+            configured = GenerationConfig.from_pretrained(self.checkpoint).eos_token_id
+            ids |= set(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+        return tuple(sorted(ids))
+
+    def metadata(self) -> dict[str, str]:
+        """What a rollouts file says of its tokens: digests of tokenizer and chat template, end tokens."""
+        vocabulary = self.tokenizer.backend_tokenizer.to_str()
+        return {
+            "tokenizer_digest": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "chat_template_digest": hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16],
+            "end_tokens": ",".join(map(str, self.stop_ids)),
+        }
+
+    def _apply(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+        plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+        return list(
+            self.tokenizer.apply_chat_template(
+                plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+            )
+        )

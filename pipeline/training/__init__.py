@@ -1,0 +1,1 @@
+"""One loop for every stage that trains. It knows rows, weights and losses, and no algorithm."""

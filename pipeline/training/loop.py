@@ -1,0 +1,151 @@
+"""The only training loop: `fit` steps an optimizer over rows under an objective, and says what happened.
+
+An objective weighs the tokens of a whole optimizer step before the step is cut into micro-batches; the loss is the
+sum of weight times token loss. So neither the cut nor padding can change the gradient (house rule of `weights.py`).
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pipeline.errors import NumericsError
+from pipeline.metrics import Metrics, console
+from pipeline.training import batches
+from pipeline.training.batches import Rows
+from pipeline.training.optimizer import Schedule
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective says of one micro-batch."""
+
+    total: Float[Tensor, ""]
+    """Its share of the step's loss: sum of weight times token loss, already weighted for the whole step."""
+    parts: Mapping[str, float]
+    """Its share of each number worth logging; the shares of a step add up to the number."""
+
+
+class Objective(Protocol):
+    """What a training stage wants: rows with lengths, and a loss for some of them."""
+
+    lengths: Int[np.ndarray, " M"]
+    """Tokens per row, prompt included."""
+
+    def step(self, rows: Rows) -> Any:
+        """Everything that needs the whole optimizer step's rows: the weights of their tokens."""
+        ...
+
+    def losses(self, model: nn.Module, rows: Rows, step: Any) -> Losses:
+        """The loss of a micro-batch of that step."""
+        ...
+
+    def names(self, rows: Rows) -> list[str]:
+        """What to call rows in an error."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to walk over the rows."""
+
+    epochs: int
+    minibatches: int
+    """Optimizer steps per epoch."""
+    micro_batch_tokens: int
+    gradient_clip: float
+    seed: int
+    first_step: int = 0
+    """Steps taken before, by earlier iterations: the schedule goes on from there."""
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    plan: Plan,
+    metrics: Metrics,
+) -> int:
+    """Train and return the number of steps taken in all, earlier ones included.
+
+    Raises `NumericsError` naming the rows when a loss or gradient is not finite; the model is then not to be used.
+    """
+    model.train()
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    total, started, seen = plan.epochs * plan.minibatches, time.monotonic(), 0
+    step = 0
+    for rows in _steps(objective, plan):
+        share = schedule(plan.first_step + step)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        numbers = _backward(model, objective, rows, plan.micro_batch_tokens)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip))
+        if not (math.isfinite(norm) and math.isfinite(numbers["loss/total"])):
+            raise _not_finite(model, objective, rows, plan.micro_batch_tokens)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seen += int(objective.lengths[rows].sum())
+        numbers |= {"grad/norm": norm, "learning_rate": peaks[0] * share}
+        for name, value in numbers.items():
+            metrics.add(name, value, _UNITS.get(name, ""), plan.first_step + step)
+        console.progress(_line(step, total, numbers["loss/total"], started, seen))
+    seconds = time.monotonic() - started
+    metrics.add("speed/tokens_per_second", seen / max(seconds, 1e-9), "tokens/s")
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak
+    model.eval()
+    return plan.first_step + step
+
+
+_UNITS = {"learning_rate": "", "entropy/mean": "nat", "kl/reference": "nat", "kl/old": "nat", "clip/low": "fraction",
+          "clip/high": "fraction"}  # fmt: skip
+
+
+def _steps(objective: Objective, plan: Plan) -> Iterator[Rows]:
+    for epoch in range(plan.epochs):
+        rows = batches.shuffled(len(objective.lengths), plan.seed, epoch)
+        yield from batches.minibatches(rows, plan.minibatches)
+
+
+def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
+    """Accumulate one step's gradient over micro-batches and return the step's numbers."""
+    whole = objective.step(rows)
+    numbers: dict[str, float] = {"loss/total": 0.0}
+    for micro in batches.micro_batches(rows, objective.lengths, budget):
+        losses = objective.losses(model, micro, whole)
+        losses.total.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        numbers["loss/total"] += float(losses.total.detach())
+        for name, value in losses.parts.items():
+            numbers[name] = numbers.get(name, 0.0) + value
+    return numbers
+
+
+def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> NumericsError:
+    """The rows whose own loss is not finite, found one by one."""
+    whole = objective.step(rows)
+    bad: list[int] = []
+    with torch.no_grad():
+        for row in rows:
+            alone = objective.losses(model, np.array([row]), whole)
+            if not math.isfinite(float(alone.total)):
+                bad.append(int(row))
+    named = objective.names(np.array(bad[:10], dtype=np.int64)) if bad else ["none alone: the gradient overflowed"]
+    return NumericsError(
+        "the loss or its gradient is not finite",
+        f"rows {', '.join(named)}",
+        "look at them with `rlhf show`; lower the learning rate",
+    )
+
+
+def _line(step: int, total: int, loss: float, started: float, tokens: int) -> str:
+    seconds = time.monotonic() - started
+    left = seconds / step * (total - step)
+    return f"step {step}/{total}  loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s  {left:.0f} s left"

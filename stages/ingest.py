@@ -1,0 +1,373 @@
+"""files you have -> prompts, demonstrations, documents, rankings or rollouts: the first contract of everything."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.artifacts import Artifact, Outbox
+from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, POLICY, PROMPTS, RANKINGS, ROLLOUTS
+from pipeline.errors import ExperimentError, InputError
+from pipeline.experiment import Experiment
+from pipeline.grading import open_grader
+from pipeline.sources import arithmetic, files
+from pipeline.sources.files import RawRow
+from pipeline.stage import FILES, StageSettings, stage
+from pipeline.text import Chat
+
+REJECTED = "rejected.jsonl"
+PART_ROWS = 50_000
+
+
+class Settings(StageSettings):
+    """What to make, and from what."""
+
+    kind: Literal["prompts", "demonstrations", "documents", "rankings", "rollouts"]
+    """The contract to make."""
+    source: Literal["files", "arithmetic"] = "files"
+    """Files from outside, or the built-in world."""
+    world: arithmetic.World = arithmetic.World()
+    """Settings of the built-in world."""
+    split: str = "train"
+    """Side of a built-in world, or split of a saved HF dataset."""
+    count: int | None = Field(None, ge=1)
+    """Rows wanted; all there are when absent (a built-in world needs it)."""
+    grader: str = "exact"
+    """Written into prompts: who compares a response with the answer."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name -> the name in the file, where the usual aliases do not fit."""
+    name: str | None = None
+    """Value of the `source` column where the file has none; the file's name when absent."""
+    part: Literal["demonstrations", "prompts", "held_out"] | None = None
+    """Which dataset of an experiment this is."""
+
+    @classmethod
+    def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The experiment's `data.PART`; PART comes from `--set part=...`."""
+        part = changes.get("part")
+        wanted = getattr(experiment.data, part, None) if part else None
+        if wanted is None:
+            raise ExperimentError(f"which dataset of the experiment? part={part!r}", do="--set part=prompts")
+        kind = "demonstrations" if part == "demonstrations" else "prompts"
+        world = {"seed": experiment.seed, **experiment.data.world}
+        return {
+            "kind": kind, "part": part, "source": wanted.source, "world": world, "split": wanted.split,
+            "count": wanted.count, "grader": wanted.grader, "columns": wanted.columns,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files from outside; a checkpoint whose tokenizer responses from elsewhere are written in."""
+
+    files: Annotated[tuple[Path, ...] | None, FILES] = None
+    tokenizer: Annotated[Artifact | None, POLICY] = None
+
+
+class UnfitRowError(Exception):
+    """A row that cannot be what is asked for; the text says why."""
+
+
+Row = dict[str, Any]
+
+
+def messages_of(row: Mapping[str, Any]) -> list[Row]:
+    """The conversation of a row: `messages`, or a `prompt` that is a list of turns or one user turn."""
+    turns = row.get("messages") if row.get("messages") is not None else row.get("prompt")
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if not isinstance(turns, list) or not turns:
+        raise UnfitRowError("no messages and no prompt")
+    return [_turn(turn) for turn in turns]
+
+
+def _turn(turn: Any) -> Row:
+    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UnfitRowError(f"a turn without role and content: {str(turn)[:60]}")
+    if not content.strip():
+        raise UnfitRowError(f"an empty turn of the {role}")
+    return {"role": role, "content": content}
+
+
+def identity(messages: Sequence[Mapping[str, str]]) -> str:
+    """prompt_id: first 16 hex digits of sha256 over the canonical JSON of the messages."""
+    canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    return _hex(canonical)
+
+
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def reference(answer: Any) -> str | None:
+    """The reference answer; of a worked solution with a final `#### 42` or `A: 42` line, what follows the mark."""
+    if answer is None or not str(answer).strip():
+        return None
+    text = str(answer)
+    for mark in ("####", "\nA:"):
+        if mark in text:
+            return text.rpartition(mark)[2].strip()
+    return text.removeprefix("A:").strip()
+
+
+def as_prompt(row: Mapping[str, Any], grader: str) -> Row:
+    """A row of the prompts contract. Raises `UnfitRowError`."""
+    messages = messages_of(row)
+    if messages[-1]["role"] != "user":
+        raise UnfitRowError("the conversation does not end with a turn of the user")
+    return {
+        "prompt_id": identity(messages), "messages": messages, "answer": reference(row.get("answer")),
+        "grader": grader, "source": row["source"],
+    }  # fmt: skip
+
+
+def as_demonstration(row: Mapping[str, Any]) -> Row:
+    """A row of the demonstrations contract: messages, or a prompt with a response (or a worked answer)."""
+    messages = messages_of(row)
+    if messages[-1]["role"] != "assistant":
+        reply = row.get("response") if row.get("response") is not None else row.get("answer")
+        if not isinstance(reply, str) or not reply.strip():
+            raise UnfitRowError("no turn of the assistant to imitate")
+        messages = [*messages, {"role": "assistant", "content": reply}]
+    return {"prompt_id": identity(messages[:-1]), "messages": messages, "source": row["source"]}
+
+
+def as_document(row: Mapping[str, Any]) -> Row:
+    """A row of the documents contract."""
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UnfitRowError("no text")
+    return {"document_id": _hex(text), "text": text, "source": row["source"]}
+
+
+def as_ranking(row: Mapping[str, Any]) -> Row:
+    """A row of the rankings contract: chosen and rejected, or responses with ranks."""
+    messages = messages_of(row)
+    if row.get("chosen") is not None:
+        responses, ranks = [row["chosen"], row.get("rejected")], [0, 1]
+    else:
+        responses, ranks = row.get("response"), row.get("ranks")
+    if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
+        raise UnfitRowError("neither chosen and rejected, nor as many ranks as responses")
+    if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
+        raise UnfitRowError("fewer than two responses of text")
+    annotator = row.get("annotator")
+    prompt_id = identity(messages)
+    return {
+        "ranking_id": _hex(f"{prompt_id}{annotator}{responses}"), "prompt_id": prompt_id, "messages": messages,
+        "responses": responses, "ranks": ranks, "annotator": annotator, "source": row["source"],
+    }  # fmt: skip
+
+
+def as_rollouts(row: Mapping[str, Any], chat: Chat) -> list[Row]:
+    """Rows of the rollouts contract, without `sample`: one response or a list of them, tokenized here once."""
+    messages = messages_of(row)
+    given = row.get("response")
+    responses = given if isinstance(given, list) else [given]
+    if not responses or not all(isinstance(text, str) and text for text in responses):
+        raise UnfitRowError("no response, or an empty one")
+    prompt_tokens = row.get("prompt_tokens") or chat.prompt_tokens(messages)
+    tokens, logprobs = (
+        _per_response(row.get(name), len(responses)) for name in ("response_tokens", "sampler_logprobs")
+    )
+    finish = row.get("finish") if row.get("finish") in ("stop", "length") else "stop"
+    return [
+        {
+            "prompt_id": identity(messages), "prompt_tokens": prompt_tokens,
+            "response_tokens": ids or chat.response_tokens(text, finished=finish == "stop"), "response": text,
+            "sampler_logprobs": logs if ids else None, "finish": finish, "seed": 0,
+        }
+        for text, ids, logs in zip(responses, tokens, logprobs, strict=True)
+    ]  # fmt: skip
+
+
+def _per_response(values: Any, count: int) -> list[Any]:
+    """One list per response: `values` is a list of them, a single one, or nothing."""
+    if not values:
+        return [None] * count
+    lists = values if isinstance(values[0], list) else [values]
+    if len(lists) != count:
+        raise UnfitRowError(f"{len(lists)} lists of tokens for {count} responses")
+    return lists
+
+
+COLUMNS = {
+    "prompts": ("messages", "prompt", "answer", "source"),
+    "demonstrations": ("messages", "prompt", "response", "answer", "source"),
+    "documents": ("text", "source"),
+    "rankings": ("messages", "prompt", "chosen", "rejected", "response", "ranks", "annotator", "source"),
+    "rollouts": (
+        "messages", "prompt", "response", "finish", "prompt_tokens", "response_tokens", "sampler_logprobs", "source",
+    ),
+}  # fmt: skip
+NEEDS_ONE_OF = {
+    "prompts": ("messages", "prompt"),
+    "demonstrations": ("messages", "prompt"),
+    "documents": ("text",),
+    "rankings": ("chosen", "ranks"),
+    "rollouts": ("response",),
+}
+UNIQUE = {"prompts": "prompt_id", "documents": "document_id", "rankings": "ranking_id"}
+"""Contracts in which a row may stand once only."""
+
+
+def mapping_of(first: RawRow, settings: Settings) -> dict[str, str]:
+    """Which column of the file is which of ours. Raises `InputError` when none will do."""
+    found = files.find_columns(first.values, COLUMNS[settings.kind], settings.columns)
+    needed = NEEDS_ONE_OF[settings.kind]
+    if not any(name in found for name in needed):
+        names = [alias for name in needed for alias in files.ALIASES[name]]
+        raise InputError(
+            f"no column for {' or '.join(needed)}; found {', '.join(first.values) or 'none'}",
+            first.where,
+            f"name it with --set columns.{needed[0]}=YOURS; known names: {', '.join(names)}",
+        )
+    return found
+
+
+def renamed(raw: RawRow, mapping: Mapping[str, str], source: str | None) -> Row:
+    """The row under our names, with its source filled in."""
+    row = {ours: files.value(raw.values, theirs) for ours, theirs in mapping.items()}
+    _refuse_broken_text(row)
+    row["source"] = str(row.get("source") or source or Path(raw.where.partition(":")[0].partition("[")[0]).stem)
+    return row
+
+
+def _refuse_broken_text(row: Row) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnfitRowError("text with half a surrogate pair, which is not Unicode") from error
+
+
+def adapted(rows: Iterator[RawRow], settings: Settings, chat: Chat | None) -> Iterator[tuple[RawRow, list[Row] | str]]:
+    """Each raw row with what it became, or with the reason why it does not fit."""
+    first = next(rows, None)
+    if first is None:
+        raise InputError("the files hold no rows", do="check the files")
+    mapping = mapping_of(first, settings)
+    seen: set[str] = set()
+    for raw in _chain(first, rows):
+        try:
+            made = _adapt(renamed(raw, mapping, settings.name), settings, chat)
+            if (key := UNIQUE.get(settings.kind)) is not None:
+                _refuse_repeated(made[0], key, seen)
+        except UnfitRowError as reason:
+            yield raw, str(reason)
+        else:
+            yield raw, made
+
+
+def _chain(first: RawRow, rest: Iterator[RawRow]) -> Iterator[RawRow]:
+    yield first
+    yield from rest
+
+
+def _refuse_repeated(row: Row, key: str, seen: set[str]) -> None:
+    if row[key] in seen:
+        raise UnfitRowError(f"a repetition of {key} {row[key]}")
+    seen.add(row[key])
+
+
+def _adapt(row: Row, settings: Settings, chat: Chat | None) -> list[Row]:
+    if settings.kind == "prompts":
+        return [as_prompt(row, settings.grader)]
+    if settings.kind == "rollouts":
+        if chat is None:
+            raise InputError(
+                "responses from elsewhere need a tokenizer", do="name the checkpoint they are for: --tokenizer PATH"
+            )
+        return as_rollouts(row, chat)
+    return [{"demonstrations": as_demonstration, "documents": as_document, "rankings": as_ranking}[settings.kind](row)]
+
+
+def built_in(settings: Settings) -> list[Row]:
+    """Rows of the built-in world."""
+    if settings.count is None:
+        raise ExperimentError("a built-in world needs to know how many rows to make", do="--set count=1000")
+    if settings.kind == "prompts":
+        rows = arithmetic.prompts(settings.world, settings.split, settings.count)
+        return [{"prompt_id": identity(row["messages"]), **row} for row in rows]
+    if settings.kind == "demonstrations":
+        rows = arithmetic.demonstrations(settings.world, settings.count)
+        return [{"prompt_id": identity(row["messages"][:-1]), **row} for row in rows]
+    if settings.kind == "documents":
+        return [
+            {"document_id": _hex(row["text"]), **row} for row in arithmetic.documents(settings.world, settings.count)
+        ]
+    raise ExperimentError(f"the built-in world has no {settings.kind}", do="prompts, demonstrations or documents")
+
+
+def grouped(rows: Sequence[Row]) -> list[Row]:
+    """Rollouts with the responses to one prompt together, numbered from 0 in the order of the file."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    return [{**row, "sample": sample} for group in groups.values() for sample, row in enumerate(group)]
+
+
+@stage(writes=(PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS), version=1)
+def ingest(inputs: Inputs, settings: Settings, out: Outbox) -> None:
+    """Bring data in: check every row, keep the misfits aside with their reasons, drop nothing in silence."""
+    if settings.kind == "prompts":
+        open_grader(settings.grader)
+    rows = built_in(settings) if settings.source == "arithmetic" else _from_files(inputs, settings, out)
+    about: dict[str, str] = {}
+    if settings.kind == "rollouts" and inputs.tokenizer is not None:
+        rows, about = grouped(rows), {"engine": "elsewhere", **Chat(inputs.tokenizer.path).metadata()}
+    for index, part in enumerate(_parts(rows)):
+        table = pa.Table.from_pylist(part, schema=out.contract.schema(part[0]))
+        out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
+
+
+def _from_files(inputs: Inputs, settings: Settings, out: Outbox) -> list[Row]:
+    if not inputs.files:
+        raise InputError("no files to read", do="name them: --files PATH ...; or --set source=arithmetic")
+    chat = Chat(inputs.tokenizer.path) if inputs.tokenizer is not None else None
+    raw = files.read(inputs.files, settings.split)
+    rows: list[Row] = []
+    misfits: list[tuple[RawRow, str]] = []
+    for source, made in adapted(islice(raw, settings.count), settings, chat):
+        if isinstance(made, str):
+            misfits.append((source, made))
+        else:
+            rows += made
+    _say(misfits, len(rows), out)
+    if not rows:
+        raise InputError(f"none of {len(misfits)} rows fits; the first: {misfits[0][1]}", misfits[0][0].where)
+    return rows
+
+
+def _say(misfits: list[tuple[RawRow, str]], kept: int, out: Outbox) -> None:
+    out.stats["rejected"] = len(misfits)
+    out.metrics.add("rows/rejected", len(misfits), "rows")
+    if not misfits:
+        return
+    with (out.path / REJECTED).open("w", encoding="utf-8") as stream:
+        for source, reason in misfits:
+            stream.write(
+                json.dumps({"where": source.where, "reason": reason, "row": source.values}, default=str) + "\n"
+            )
+    out.log(f"{kept} rows kept, {len(misfits)} do not fit and lie in {REJECTED}; the first: {misfits[0][1]}")
+
+
+def _parts(rows: list[Row]) -> Iterator[list[Row]]:
+    """Runs of about `PART_ROWS` rows that do not cut through a group."""
+    start = 0
+    while start < len(rows):
+        end = min(start + PART_ROWS, len(rows))
+        while end < len(rows) and "sample" in rows[end] and rows[end]["sample"] > 0:
+            end += 1
+        yield rows[start:end]
+        start = end
+
+
+if __name__ == "__main__":
+    ingest.main()
