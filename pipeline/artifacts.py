@@ -242,6 +242,11 @@ class Outbox:
         _flush(temporary)
         temporary.rename(self._part(index))
 
+    def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """What has been written so far, part by part; an interrupted run's parts included."""
+        for path in sorted(self.path.glob("part-*.parquet")):
+            yield pq.read_table(path, columns=columns)
+
     def log(self, text: str) -> None:
         """Keep a line in log.txt and show it."""
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")

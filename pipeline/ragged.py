@@ -42,6 +42,6 @@ def unpad(
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(padded[mask]).cast(dtype))
 
 
-def from_rows(rows: Sequence[Sequence[Any]], dtype: pa.DataType) -> pa.ListArray:
+def from_rows(rows: Sequence[Sequence[Any] | np.ndarray], dtype: pa.DataType) -> pa.ListArray:
     """A list array from Python rows."""
     return pa.array(rows, type=pa.list_(dtype))

@@ -57,8 +57,20 @@ class Chat:
                     str(self.checkpoint),
                     "use a training variant of the template",
                 )
-            mask[len(start) : len(end)] = [True] * (len(end) - len(start))
+            written = self._until_end(tokens[len(start) : len(end)])
+            mask[len(start) : len(start) + written] = [True] * written
         return tokens, mask
+
+    def _until_end(self, tokens: Sequence[int]) -> int:
+        """How many of a turn's tokens the assistant writes: a template may add a line break after the end token."""
+        for index in range(len(tokens) - 1, -1, -1):
+            if tokens[index] in self.stop_ids:
+                return index + 1
+        raise InputError(
+            "the chat template does not end the assistant's turn with an end token: the model would not learn to stop",
+            str(self.checkpoint),
+            "add the end token to generation_config.json (eos_token_id), or correct the template",
+        )
 
     def response_tokens(self, text: str, finished: bool = True) -> list[int]:
         """Tokens of a response from elsewhere; with the end token when it was finished."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pyarrow as pa
 from pydantic import Field
@@ -35,7 +35,7 @@ class Settings(StageSettings):
     world: arithmetic.World = arithmetic.World()
     """Settings of the built-in world."""
     split: str = "train"
-    """Side of a built-in world, or split of a saved HF dataset."""
+    """Side of a built-in world (`train`, `held_out`), or split of a saved HF dataset."""
     count: int | None = Field(None, ge=1)
     """Rows wanted; all there are when absent (a built-in world needs it)."""
     grader: str = "exact"
@@ -150,10 +150,9 @@ def as_document(row: Mapping[str, Any]) -> Row:
 def as_ranking(row: Mapping[str, Any]) -> Row:
     """A row of the rankings contract: chosen and rejected, or responses with ranks."""
     messages = messages_of(row)
+    responses, ranks = row.get("response"), row.get("ranks")
     if row.get("chosen") is not None:
         responses, ranks = [row["chosen"], row.get("rejected")], [0, 1]
-    else:
-        responses, ranks = row.get("response"), row.get("ranks")
     if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
         raise UnfitRowError("neither chosen and rejected, nor as many ranks as responses")
     if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
@@ -293,7 +292,10 @@ def built_in(settings: Settings) -> list[Row]:
     if settings.count is None:
         raise ExperimentError("a built-in world needs to know how many rows to make", do="--set count=1000")
     if settings.kind == "prompts":
-        rows = arithmetic.prompts(settings.world, settings.split, settings.count)
+        split = next((known for known in get_args(arithmetic.Split) if known == settings.split), None)
+        if split is None:
+            raise ExperimentError(f"the built-in world has no split {settings.split!r}", do="train or held_out")
+        rows = arithmetic.prompts(settings.world, split, settings.count)
         return [{"prompt_id": identity(row["messages"]), **row} for row in rows]
     if settings.kind == "demonstrations":
         rows = arithmetic.demonstrations(settings.world, settings.count)

@@ -35,8 +35,10 @@ class Losses:
 class Objective(Protocol):
     """What a training stage wants: rows with lengths, and a loss for some of them."""
 
-    lengths: Int[np.ndarray, " M"]
-    """Tokens per row, prompt included."""
+    @property
+    def lengths(self) -> Int[np.ndarray, " M"]:
+        """Tokens per row, prompt included."""
+        ...
 
     def step(self, rows: Rows) -> Any:
         """Everything that needs the whole optimizer step's rows: the weights of their tokens."""

@@ -1,0 +1,114 @@
+"""rlhf: the command line. Parsing it loads nothing heavy; exit code 0 done, 1 failed, 2 the request was wrong."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import PipelineError
+
+app = typer.Typer(
+    help="Online RLHF of language models as batch stages that meet only through files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Root = Annotated[Path, typer.Option(help="Where runs lie.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="A name in flows/experiments, or a path to a .toml file.")],
+    recipe: Annotated[str | None, typer.Option(help="Another recipe than the experiment's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")] = None,
+    root: Root = Path("runs"),
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved experiment and what is there already.")] = False,
+) -> None:
+    """Run an experiment: foundations, loop, evaluation. Run it again to resume."""
+    # Prefect's own lines would bury ours on the terminal; they still go to its server. It reads this on import.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from flows import execute, reports
+    from pipeline.algorithms.bind import bind
+    from pipeline.experiment import Experiment
+
+    resolved = Experiment.load(execute.find_experiment(experiment), changes or (), recipe, name)
+    bind(resolved.recipe)
+    outcome = execute.finished(resolved, root)
+    if dry_run:
+        reports.plan(resolved, root, outcome)
+        return
+    if not isinstance(outcome, execute.Outcome):
+        execute.run_experiment(experiment, recipe, name, changes, str(root))
+        outcome = execute.finished(resolved, root)
+    reports.summary(experiment, resolved, root, outcome)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def stage(context: typer.Context, name: Annotated[str, typer.Argument(help="One of `rlhf stages`.")]) -> None:
+    """Run one stage alone, on any artifacts; `rlhf stage NAME --help` lists its inputs and settings."""
+    from flows.tables import load_stage
+
+    load_stage(name).main(context.args)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None) -> None:
+    """The recipes: paper, idea, models needed."""
+    from flows import reports
+
+    reports.recipes(name)
+
+
+@app.command()
+def contracts(name: Annotated[str | None, typer.Argument(help="Only this one.")] = None) -> None:
+    """The columns of every dataset that passes between stages."""
+    from flows import reports
+
+    reports.contracts(name)
+
+
+@app.command()
+def stages() -> None:
+    """The stages: what each reads and writes."""
+    from flows import reports
+
+    reports.stages()
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]) -> None:
+    """Every stage of every iteration: done, missing, stale or running; seconds, rows."""
+    from flows import reports
+
+    reports.status(folder)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    rows: Annotated[int, typer.Option(help="Sample rows to print.", min=0)] = 5,
+    where: Annotated[str | None, typer.Option(help='SQL condition, e.g. "reward < 0".')] = None,
+) -> None:
+    """An artifact: manifest, columns with their meaning, statistics, sample rows."""
+    from flows import reports
+
+    reports.show(path, rows, where)
+
+
+def main() -> None:
+    """Entry point of `rlhf`: errors of ours are told without a traceback."""
+    try:
+        app()
+    except PipelineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""One run from its experiment to its end: foundations, evaluation of policy 0, the loop, evaluation of the last."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow
+
+from flows.evaluate import evaluate
+from flows.foundations import foundations
+from flows.online import online
+from flows.run import MissingError, Run, look_up, write_metrics
+from flows.tasks import as_task
+from pipeline.artifacts import Artifact
+from pipeline.errors import ExperimentError
+from pipeline.experiment import Experiment
+from pipeline.metrics import console
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to."""
+
+    policy: Artifact
+    before: Artifact | None
+    """Labels of policy 0 on held-out prompts."""
+    after: Artifact | None
+
+
+def walk(run: Run) -> Outcome:
+    """Perform everything, in order. What `run.perform` does decides whether this works or only looks."""
+    base = foundations(run)
+    before = None if base.held_out is None else evaluate(run, base.policy, base.held_out, 0)
+    policy = online(run, base)
+    last = run.experiment.scale.iterations
+    after = None if base.held_out is None else evaluate(run, policy, base.held_out, last)
+    return Outcome(policy, before, after)
+
+
+def finished(experiment: Experiment, root: Path) -> Outcome | MissingError:
+    """The outcome if everything is there, or what is missing first. Starts nothing.
+
+    Raises `ArtifactError` where a place is taken by another computation.
+    """
+    try:
+        return walk(Run(experiment, root, look_up))
+    except MissingError as missing:
+        return missing
+
+
+def find_experiment(name_or_path: str) -> Path:
+    """The file of an experiment: a path, or a name in `flows/experiments`. Raises `ExperimentError`."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    named = EXPERIMENTS / f"{name_or_path}.toml"
+    if not named.is_file():
+        names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
+        raise ExperimentError(
+            f"no experiment is called {name_or_path!r}; there are: {names}", do="or give a path to a .toml"
+        )
+    return named
+
+
+@flow(name="run")
+def run_experiment(
+    experiment: str,
+    recipe: str | None = None,
+    name: str | None = None,
+    changes: list[str] | None = None,
+    root: str = "runs",
+) -> str:
+    """Run an experiment to its end; run it again and it resumes. Returns the directory of the last policy."""
+    resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
+    run = Run(resolved, Path(root), as_task)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.file.write_text(resolved.dump(), encoding="utf-8")
+    console.line(
+        f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
+    )
+    outcome = walk(run)
+    write_metrics(run.folder)
+    return str(outcome.policy.path)

@@ -1,0 +1,143 @@
+"""The loop: sample, judge, read, credit, step the policy; repeat. It knows stages and files, and no algorithm."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from flows.evaluate import evaluate
+from flows.foundations import Foundations
+from flows.run import Run
+from pipeline.artifacts import Artifact
+from pipeline.metrics import console
+from stages.advantage import Settings as AdvantageSettings
+from stages.advantage import advantage
+from stages.label import Settings as LabelSettings
+from stages.label import label
+from stages.rollout import Settings as RolloutSettings
+from stages.rollout import rollout
+from stages.score import MODEL_OF, score
+from stages.score import Settings as ScoreSettings
+from stages.update import Settings as UpdateSettings
+from stages.update import update
+
+MOST_OVERSAMPLING = 3.0
+"""A round asks for at most so many times the groups still wanted: DAPO's script samples 1536 prompts for 512."""
+
+
+_UNCHANGED = "; the policy stays as it is"
+
+
+@dataclass(frozen=True)
+class Now:
+    """What one iteration hands to the next."""
+
+    policy: Artifact
+    cursor: int = 0
+    """Prompts taken from the stream so far."""
+    keep_rate: float = 1.0
+    """Share of the groups that the last iteration's filters kept."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The rounds of one iteration."""
+
+    rollouts: tuple[Artifact, ...]
+    labels: tuple[Artifact, ...]
+
+    @property
+    def kept(self) -> int:
+        """Groups that train."""
+        return sum(int(labels.stats["groups/kept"]) for labels in self.labels)
+
+    @property
+    def passed(self) -> float:
+        """Share of the groups seen that filters kept, surplus counted as kept."""
+        seen = sum(labels.stats["groups/seen"] for labels in self.labels)
+        rows = sum(labels.stats["rows"] for labels in self.labels)
+        surplus = sum(labels.stats.get("dropped/surplus_group", 0.0) for labels in self.labels)
+        return (self.kept + surplus * seen / rows) / seen
+
+
+def online(run: Run, base: Foundations) -> Artifact:
+    """Walk the loop `scale.iterations` times and return the last policy."""
+    now, total, started = Now(base.policy), run.experiment.scale.iterations, time.monotonic()
+    for number in range(total):
+        began = time.monotonic()
+        made, now = iterate(run, base, now, number)
+        spent = time.monotonic() - began
+        left = (time.monotonic() - started) / (number + 1) * (total - number - 1)
+        if spent > 1.0:  # an iteration that was already there takes no time and needs no line
+            console.line(_line(number, total, made, run.experiment.scale.groups, spent, left))
+            if made.kept < run.experiment.scale.groups:
+                console.line(
+                    f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0)
+                )
+        every = run.experiment.evaluation.every
+        if base.held_out is not None and every and (number + 1) % every == 0 and number + 1 < total:
+            evaluate(run, now.policy, base.held_out, number + 1)
+    return now.policy
+
+
+def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, Now]:
+    """One walk of the loop. Where filters leave nothing to learn from, the policy stays as it is."""
+    here, experiment = run.iteration(number), run.experiment
+    made, cursor = collect(run, base.prompts, now, number)
+    after = replace(now, cursor=cursor, keep_rate=made.passed)
+    if made.kept == 0:
+        return made, after
+    rollouts, labels = ([a.path for a in made.rollouts], [a.path for a in made.labels])
+    scores = None
+    if needs := ScoreSettings.slice(experiment, {})["needs"]:
+        models = {"policy": now.policy.path, "reference": base.policy.path}
+        asked = {MODEL_OF[need]: models[MODEL_OF[need]] for need in needs}
+        settings = ScoreSettings.of(experiment)
+        scores = run.do(score, here / "scores", settings, rollouts=rollouts, labels=labels, **asked).path
+    table = run.do(
+        advantage,
+        here / "advantages",
+        AdvantageSettings.of(experiment),
+        rollouts=rollouts,
+        labels=labels,
+        scores=scores,
+    )
+    policy = run.do(
+        update, here / "policy", UpdateSettings.of(experiment), advantages=table.path, policy=now.policy.path
+    )
+    return made, replace(after, policy=policy)
+
+
+def collect(run: Run, prompts: Artifact, now: Now, number: int) -> tuple[Collected, int]:
+    """Sample and label in rounds until filters have kept enough groups; without filters one round is enough.
+
+    A round asks for as many prompts as the groups still wanted need at the rate at which groups were kept last.
+    """
+    here, wanted, cursor, rate = run.iteration(number), run.experiment.scale.groups, now.cursor, now.keep_rate
+    made = Collected((), ())
+    for turn in range(run.experiment.recipe.rollout.rounds):
+        room = wanted - made.kept
+        count = math.ceil(room / max(rate, 1 / MOST_OVERSAMPLING))
+        sampling = RolloutSettings.of(
+            run.experiment, {"first": cursor, "since": now.cursor, "count": count, "draw": f"{number}/{turn}"}
+        )
+        rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts.path, policy=now.policy.path)
+        judging = LabelSettings.of(run.experiment, {"room": room})
+        labels = run.do(label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts.path)
+        made = Collected((*made.rollouts, rollouts), (*made.labels, labels))
+        cursor, rate = int(rollouts.stats["cursor"]), made.passed
+        if made.kept >= wanted:
+            break
+    return made, cursor
+
+
+def _line(number: int, total: int, made: Collected, groups: int, spent: float, left: float) -> str:
+    seen = sum(labels.stats["groups/seen"] for labels in made.labels)
+    rewards = [labels.stats["reward/mean"] * labels.stats["groups/seen"] / seen for labels in made.labels]
+    tokens = sum(rollouts.stats["tokens"] for rollouts in made.rollouts)
+    seconds = sum(rollouts.stats["seconds"] for rollouts in made.rollouts)
+    parts = [f"iteration {number + 1}/{total}", f"reward {sum(rewards):+.3f}"]
+    if all("accuracy/mean" in labels.stats for labels in made.labels):
+        right = sum(labels.stats["accuracy/mean"] * labels.stats["groups/seen"] for labels in made.labels) / seen
+        parts.append(f"accuracy {right:.3f}")
+    parts += [f"groups {made.kept}/{groups} of {seen:.0f}", f"{tokens / seconds:,.0f} tokens/s", f"{spent:.1f} s"]
+    return "  ".join([*parts, f"about {left / 60:.0f}:{left % 60:02.0f} left" if number + 1 < total else "done"])

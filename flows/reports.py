@@ -1,0 +1,211 @@
+"""What the commands print for a person."""
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+from flows.execute import Outcome
+from flows.run import MissingError, artifacts_of, name_of
+from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
+from pipeline.artifacts import MANIFEST, Artifact, Manifest
+from pipeline.contracts import CONTRACTS, Contract
+from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.experiment import Experiment
+
+out = Console(soft_wrap=False)
+
+
+def plan(experiment: Experiment, root: Path, outcome: Outcome | MissingError) -> None:
+    """`run --dry-run`: the resolved experiment, and where work would begin."""
+    sys.stdout.write(experiment.dump())
+    begins = "everything is done" if isinstance(outcome, Outcome) else f"next: {name_of(outcome.path, root)}"
+    sys.stdout.write(f"\n# in {root / experiment.name}: {begins}\n")
+
+
+def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | MissingError) -> None:
+    """The last lines of a run: held-out accuracy before and after, where it lies, what to type next."""
+    folder = root / experiment.name
+    lines = []
+    if isinstance(outcome, Outcome) and outcome.before is not None and outcome.after is not None:
+        before, after = (_accuracy(labels) for labels in (outcome.before, outcome.after))
+        lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
+    first = f"{folder}/0000/rollouts-0"
+    lines += [
+        f"the run lies in {folder}",
+        "",
+        "next:",
+        f"  rlhf status {folder}",
+        f"  rlhf show {first} --where \"finish = 'length'\"",
+        f"  rlhf run {asked} --recipe grpo --name {experiment.name}-grpo",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _accuracy(labels: Artifact) -> str:
+    stats = labels.stats
+    if "accuracy/mean" not in stats:
+        return f"none (mean reward {stats['reward/mean']:.3f})"
+    groups = stats["groups/seen"]
+    return (
+        f"{stats['accuracy/mean']:.3f}  (mean of {stats['rows'] / groups:.0f} samples on {groups:.0f} prompts; "
+        f"pass@k {stats['accuracy/pass_at_k']:.3f}, maj@k {stats['accuracy/majority_at_k']:.3f})"
+    )
+
+
+def _print(sheet: Sheet) -> None:
+    table = Table(*sheet.header, title=sheet.title, title_justify="left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def stages() -> None:
+    """`rlhf stages`."""
+    _print(stages_sheet())
+
+
+def contracts(name: str | None) -> None:
+    """`rlhf contracts [NAME]`."""
+    if name is not None and name not in CONTRACTS:
+        raise ExperimentError(f"no contract is called {name!r}; there are: {', '.join(CONTRACTS)}")
+    for contract in CONTRACTS.values():
+        if contract.is_table and name in (None, contract.name):
+            out.print(contract.doc)
+            _print(contract_sheet(contract))
+
+
+def recipes(name: str | None) -> None:
+    """`rlhf recipes [NAME]`: the table, or the recipe's file with the source of each number."""
+    if name is None:
+        _print(recipes_sheet())
+        return
+    from pipeline.algorithms.recipe import Recipe
+
+    Recipe.load(name)
+    sys.stdout.write(resources.files("pipeline.algorithms").joinpath("recipes", f"{name}.toml").read_text("utf-8"))
+
+
+def status(folder: Path) -> None:
+    """`rlhf status RUN`: one line per artifact, and what is being made."""
+    if not folder.is_dir():
+        raise ArtifactError("no such run", str(folder), "`rlhf run EXPERIMENT` makes one")
+    rows = []
+    for artifact in artifacts_of(folder):
+        stats = artifact.stats
+        size = f"{stats['rows']:,.0f}" if "rows" in stats else ""
+        rows.append(
+            (
+                name_of(artifact.path, folder.parent),
+                _state(artifact),
+                f"{stats.get('seconds', 0):.1f}",
+                size,
+                _key_number(artifact),
+            )
+        )
+    unfinished = sorted(p for p in folder.rglob(".part-*") if p.is_dir())
+    for path in unfinished:
+        name = path.name.removeprefix(".part-").rpartition("-")[0]
+        rows.append(
+            (
+                name_of(path.parent / name, folder.parent),
+                "unfinished",
+                "",
+                f"{len(list(path.glob('part-*.parquet')))} parts",
+                "",
+            )
+        )
+    if not rows:
+        raise ArtifactError("not a run: no artifacts in it", str(folder), "`rlhf run EXPERIMENT` makes one")
+    _print(Sheet(str(folder), ("artifact", "state", "seconds", "rows", ""), tuple(rows)))
+
+
+def _state(artifact: Artifact) -> str:
+    """`done`, or `stale` when an input has been made again with other bytes or is gone."""
+    for records in artifact.manifest.inputs.values():
+        for record in records:
+            manifest = Path(record.path) / MANIFEST
+            if manifest.is_file() and Manifest.read(manifest.parent).digest != record.digest:
+                return f"stale ({record.path} has other bytes)"
+            if not Path(record.path).exists():
+                return f"done ({record.path} is gone)"
+    return "done"
+
+
+def _key_number(artifact: Artifact) -> str:
+    for name in ("accuracy/mean", "reward/mean", "kl/sampler", "tokens", "steps"):
+        if name in artifact.stats:
+            return f"{name} {artifact.stats[name]:.4g}"
+    return ""
+
+
+def show(path: Path, rows: int, where: str | None) -> None:
+    """`rlhf show PATH`: manifest, columns with their meaning, statistics, sample rows."""
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    out.print(
+        f"[bold]{manifest.kind}[/bold] made by stage {manifest.stage} version {manifest.version}, "
+        f"{manifest.made.get('time', 'elsewhere')}"
+    )
+    out.print(f"fingerprint {manifest.fingerprint[:16]}  digest {manifest.digest[:16]}")
+    out.print("settings", tomli_w.dumps(_without_none(manifest.settings)), markup=False)
+    for name, records in manifest.inputs.items():
+        for record in records:
+            out.print(f"input {name}: {record.path} ({record.digest[:16]})", markup=False)
+    if artifact.contract.is_table:
+        _show_table(artifact, artifact.contract, rows, where)
+    numbers = tuple((name, f"{value:,.6g}") for name, value in manifest.stats.items())
+    _print(Sheet("statistics", ("name", "value"), numbers))
+
+
+def _show_table(artifact: Artifact, contract: Contract, rows: int, where: str | None) -> None:
+    _print(contract_sheet(contract))
+    files = [str(p) for p in artifact.part_paths()]
+    condition = f" where {where}" if where else ""
+    try:
+        found = duckdb.sql(f"select * from read_parquet({files!r}){condition} limit {int(rows)}").pl()  # noqa: S608
+        total = duckdb.sql(f"select count(*) from read_parquet({files!r}){condition}").fetchall()[0][0]  # noqa: S608
+    except duckdb.Error as error:
+        raise ExperimentError(
+            f"cannot select: {error}", f"--where {where!r}", "name columns of the table above"
+        ) from error
+    out.print(f"{min(rows, total)} of {total} rows" + (f" where {where}" if where else ""), markup=False)
+    for row in found.iter_rows(named=True):
+        _show_row(row)
+
+
+def _show_row(row: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, value in row.items():
+        table.add_row(f"[dim]{name}[/dim]", _short(value))
+    out.print(table)
+    out.print()
+
+
+def _short(value: Any) -> Any:
+    from rich.text import Text
+
+    if isinstance(value, pl.Series):
+        value = value.to_list()
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return Text(
+            f"{len(value)} numbers: " + " ".join(f"{x:.3g}" for x in value[:12]) + (" ..." if len(value) > 12 else "")
+        )
+    if isinstance(value, list):
+        return Text(
+            f"{len(value)}: " + json.dumps(value[:24], ensure_ascii=False) + (" ..." if len(value) > 24 else "")
+        )
+    return Text(str(value))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,99 @@
+"""A run: where its artifacts lie, and how a stage is performed. All state is read back from manifests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.artifacts import MANIFEST, METRICS_FILE, Artifact
+from pipeline.experiment import Experiment
+from pipeline.stage import Stage, StageSettings
+
+EXPERIMENT_FILE = "experiment.toml"
+
+
+class Perform(Protocol):
+    """Gets a stage's artifact: by making it, or by looking whether it is there."""
+
+    def __call__(
+        self, run: "Run", stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None
+    ) -> Artifact:
+        """Return the artifact at `out` of this computation."""
+        ...
+
+
+class MissingError(Exception):
+    """A run has a stage that is not done; `path` is where its artifact will lie."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        super().__init__(path, stage)
+        self.path, self.stage = path, stage
+
+
+def look_up(
+    run: "Run", stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None
+) -> Artifact:
+    """Return what is there. Raises `MissingError` where nothing is, `ArtifactError` where something else is."""
+    done = stage.committed(out, settings, **paths)
+    if done is None:
+        raise MissingError(out, stage.name)
+    return done
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment, executed in `root/NAME`; what recipes share lies in `root/BASE`."""
+
+    experiment: Experiment
+    root: Path
+    perform: Perform
+
+    @property
+    def folder(self) -> Path:
+        """The run's own directory."""
+        return self.root / self.experiment.name
+
+    @property
+    def base(self) -> Path:
+        """Ingested data and the SFT policy."""
+        return self.root / self.experiment.base
+
+    @property
+    def file(self) -> Path:
+        """The resolved experiment."""
+        return self.folder / EXPERIMENT_FILE
+
+    def iteration(self, number: int) -> Path:
+        """Directory of one walk of the loop."""
+        return self.folder / f"{number:04d}"
+
+    def do(self, stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact:
+        """Perform a stage."""
+        return self.perform(self, stage, out, settings, **paths)
+
+
+def name_of(path: Path, root: Path) -> str:
+    """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
+    return "/".join(path.relative_to(root).parts[1:])
+
+
+def artifacts_of(folder: Path) -> list[Artifact]:
+    """Every committed artifact of a run, in the order of its making."""
+    found = [Artifact.open(path.parent) for path in sorted(folder.rglob(MANIFEST)) if ".part-" not in str(path)]
+    return sorted(found, key=lambda artifact: (artifact.path / MANIFEST).stat().st_mtime_ns)
+
+
+def gather_metrics(folder: Path) -> pa.Table:
+    """The metrics of all artifacts of a run."""
+    files = [artifact.path / METRICS_FILE for artifact in artifacts_of(folder)]
+    return pa.concat_tables([pq.read_table(path) for path in files if path.exists()])
+
+
+def write_metrics(folder: Path) -> None:
+    """Derive `metrics.parquet` of a run from its artifacts."""
+    temporary = folder / f"{METRICS_FILE}.tmp"
+    pq.write_table(gather_metrics(folder), temporary)
+    temporary.rename(folder / METRICS_FILE)

@@ -1,0 +1,67 @@
+"""The tables that the README prints and the command line shows: from the code, never written by hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from pipeline.algorithms.recipe import Recipe
+from pipeline.algorithms.shelf import FROM_MODELS
+from pipeline.contracts import Contract
+from pipeline.errors import ExperimentError
+from pipeline.stage import Stage
+
+STAGES = ("ingest", "sft", "rollout", "label", "score", "advantage", "update")
+"""In the order in which data passes them."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for people."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def load_stage(name: str) -> Stage:
+    """Import a stage by its name. Raises `ExperimentError` that lists the names."""
+    if name not in STAGES:
+        raise ExperimentError(f"no stage is called {name!r}; there are: {', '.join(STAGES)}", do="`rlhf stages`")
+    found: Stage = getattr(import_module(f"stages.{name}"), name)
+    return found
+
+
+def stages_sheet() -> Sheet:
+    """Every stage: what it reads and writes, where it runs."""
+    loaded: Sequence[Stage] = [load_stage(name) for name in STAGES]
+    rows = tuple(
+        (s.name, ", ".join(s.reads), " or ".join(c.name for c in s.writes), s.hardware, s.summary) for s in loaded
+    )
+    return Sheet("stages", ("stage", "reads", "writes", "hardware", "does"), rows)
+
+
+def recipes_sheet() -> Sheet:
+    """Every recipe: its paper, its idea, the models that read its responses (derived from its pieces)."""
+    from pipeline.algorithms.bind import bind
+
+    rows = []
+    for name in Recipe.names():
+        recipe = Recipe.load(name)
+        needs = bind(recipe).needs
+        models = [model for column, model in FROM_MODELS.items() if column in needs]
+        rows.append((name, recipe.paper, recipe.idea, ", ".join(models) or "none", recipe.reference))
+    return Sheet("recipes", ("recipe", "paper", "idea", "models needed", "reference"), tuple(rows))
+
+
+def contract_sheet(contract: Contract) -> Sheet:
+    """The columns of one contract."""
+    rows = tuple(
+        (f.name, str(f.type), "absent or full" if f.optional else "yes" if f.null else "no", f.unit, f.doc)
+        for f in contract.fields
+    )
+    return Sheet(f"{contract.name} (version {contract.version})", ("column", "type", "null", "unit", "meaning"), rows)

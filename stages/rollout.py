@@ -1,0 +1,216 @@
+"""prompts, policy -> rollouts: an engine samples a group of responses to each prompt, shard by shard."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.artifacts import Artifact, Outbox
+from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
+from pipeline.engines import Completion, EngineOptions, Sampling, open_engine
+from pipeline.errors import ContractError, EngineError
+from pipeline.experiment import Experiment
+from pipeline.metrics import console
+from pipeline.models import checkpoint
+from pipeline.seeds import derive
+from pipeline.stage import StageSettings, stage
+from pipeline.text import Chat
+
+
+class Settings(StageSettings):
+    """Which prompts, and how to sample."""
+
+    group_size: int = Field(ge=1)
+    """Responses per prompt."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    greedy: bool = False
+    """Also one greedy response per prompt, as sample -1."""
+    prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts are rejected and counted, never cut."""
+    response_tokens: int = Field(1024, ge=1)
+    first: int = Field(0, ge=0)
+    """Where in the endless shuffled stream of prompts to start: the cursor."""
+    since: int | None = Field(None, ge=0)
+    """The cursor at the start of the iteration: a prompt drawn again since then is a group of its own."""
+    count: int | None = Field(None, ge=1)
+    """Prompts to take from the stream; every prompt once, in order, when absent."""
+    shard: int = Field(256, ge=1)
+    """Prompts per part: what an interrupted run loses at most."""
+    engine: str = "vllm"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    seed: int = 0
+    """Of the run."""
+    draw: str = "0"
+    """Sets this sampling apart from others of the run: `iteration/round`, `eval/iteration`."""
+
+    @classmethod
+    def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """`recipe.rollout`, lengths from `scale`, the engine from `resources`."""
+        plan, scale, resources = experiment.recipe.rollout, experiment.scale, experiment.resources
+        return {
+            "group_size": plan.group_size, "temperature": plan.temperature, "top_p": plan.top_p, "top_k": plan.top_k,
+            "greedy": plan.greedy, "prompt_tokens": scale.prompt_tokens, "response_tokens": scale.response_tokens,
+            "engine": resources.engine, "dtype": resources.dtype, "seed": experiment.seed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Whom to ask, and what."""
+
+    prompts: Annotated[Artifact, PROMPTS]
+    policy: Annotated[Artifact, POLICY]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt of this sampling."""
+
+    prompt_id: str
+    tokens: list[int]
+    seed: int
+
+
+def stream(size: int, first: int, count: int, seed: int) -> list[int]:
+    """Rows `first` .. `first + count` of an endless stream: the prompts in a new order each epoch.
+
+    Every prompt is drawn once before any is drawn again.
+    """
+    epochs: dict[int, np.ndarray] = {}
+    rows = []
+    for position in range(first, first + count):
+        epoch, place = divmod(position, size)
+        if epoch not in epochs:
+            epochs[epoch] = np.random.default_rng(derive(seed, "prompts", epoch)).permutation(size)
+        rows.append(int(epochs[epoch][place]))
+    return rows
+
+
+def occurrences(prompt_ids: Sequence[str]) -> list[str]:
+    """The ids, with `#1`, `#2`, ... on later draws of the same prompt: two draws are two groups."""
+    seen: dict[str, int] = {}
+    names = []
+    for prompt_id in prompt_ids:
+        times = seen.get(prompt_id, 0)
+        seen[prompt_id] = times + 1
+        names.append(prompt_id if times == 0 else f"{prompt_id}#{times}")
+    return names
+
+
+def short_enough(tokens: Sequence[list[int]], limit: int) -> list[int]:
+    """Indices of the prompts of at most `limit` tokens."""
+    return [index for index, prompt in enumerate(tokens) if len(prompt) <= limit]
+
+
+def questions(table: pa.Table, chat: Chat, settings: Settings) -> tuple[list[Asked], int]:
+    """The prompts to ask, and how many prompts of the whole dataset are too long to ever be asked.
+
+    Too long prompts leave before the stream is drawn, so a count is a count of prompts that are answered.
+    """
+    ids, messages = table["prompt_id"].to_pylist(), table["messages"].to_pylist()
+    tokens = [chat.prompt_tokens(turns) for turns in messages]
+    usable = short_enough(tokens, settings.prompt_tokens)
+    if not usable:
+        raise ContractError(
+            f"all {len(ids)} prompts are longer than {settings.prompt_tokens} tokens", do="raise scale.prompt_tokens"
+        )
+    since = settings.first if settings.since is None else settings.since
+    places = list(range(len(usable)))
+    if settings.count is not None:
+        places = stream(len(usable), since, settings.first - since + settings.count, settings.seed)
+    named = occurrences([ids[usable[place]] for place in places])
+    fresh = slice(settings.first - since, None) if settings.count is not None else slice(None)
+    asked = [
+        Asked(name, tokens[usable[place]], derive(settings.seed, "rollout", settings.draw, name) >> 1)
+        for name, place in zip(named[fresh], places[fresh], strict=True)
+    ]
+    return asked, len(ids) - len(usable)
+
+
+def sampled(asked: Sequence[Asked], completions: Iterator[Completion], plan: Sampling, chat: Chat) -> pa.Table:
+    """Rows of the rollouts contract, groups in the order asked, samples in order.
+
+    Raises `EngineError` when a group is not complete.
+    """
+    groups: dict[int, dict[int, Completion]] = {index: {} for index in range(len(asked))}
+    for completion in completions:
+        groups[completion.prompt][completion.sample] = completion
+    rows = []
+    for index, group in groups.items():
+        if sorted(group) != list(plan.samples):
+            raise EngineError(f"{len(group)} of {len(plan.samples)} responses", f"prompt {asked[index].prompt_id}")
+        rows += [_row(asked[index], group[sample], chat) for sample in plan.samples]
+    return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema())
+
+
+def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
+    return {
+        "prompt_id": asked.prompt_id, "sample": completion.sample, "prompt_tokens": asked.tokens,
+        "response_tokens": completion.tokens, "response": chat.decode(completion.tokens),
+        "sampler_logprobs": completion.logprobs, "finish": completion.finish, "seed": completion.seed,
+    }  # fmt: skip
+
+
+@stage(writes=ROLLOUTS, version=1, hardware="gpu")
+def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
+    """Sample responses from the policy."""
+    checkpoint.inspect(inputs.policy.path)
+    chat = Chat(inputs.policy.path)
+    asked, too_long = questions(inputs.prompts.table(["prompt_id", "messages"]), chat, settings)
+    if too_long:
+        out.log(f"{too_long} prompts are longer than {settings.prompt_tokens} tokens and are not asked")
+    plan = Sampling(
+        group_size=settings.group_size, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+        max_tokens=settings.response_tokens, stop_ids=chat.stop_ids, greedy=settings.greedy,
+    )  # fmt: skip
+    shards = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
+    missing = set(out.shards(len(shards)))
+    started = time.monotonic()
+    if missing:
+        options = EngineOptions(dtype=settings.dtype, max_model_len=settings.prompt_tokens + settings.response_tokens)
+        engine = open_engine(settings.engine, inputs.policy.path, options)
+        about = {**engine.describe(), **chat.metadata(), **_distribution(settings, inputs.policy)}
+        started = time.monotonic()
+        for index in sorted(missing):
+            shard = shards[index]
+            console.progress(f"sampling part {index + 1}/{len(shards)}")
+            completions = engine.generate([a.tokens for a in shard], [a.seed for a in shard], plan)
+            table = sampled(shard, completions, plan, chat)
+            out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
+        engine.sleep()
+    _measure(out, too_long, len(asked), settings, time.monotonic() - started, missing)
+
+
+def _distribution(settings: Settings, policy: Artifact) -> dict[str, str]:
+    """What `sampler_logprobs` mean, for the file's metadata."""
+    named = ("temperature", "top_p", "top_k")
+    return {**{name: str(getattr(settings, name)) for name in named}, "policy_digest": policy.manifest.digest}
+
+
+def _measure(out: Outbox, rejected: int, asked: int, settings: Settings, seconds: float, fresh: set[int]) -> None:
+    """Lengths and cuts over all parts; speed over the `fresh` parts, which this process sampled."""
+    lengths, cut, fresh_tokens = [], 0, 0
+    for index, part in enumerate(out.parts(["response_tokens", "finish"])):
+        counts = pc.list_value_length(part["response_tokens"]).to_numpy()
+        lengths.append(counts)
+        cut += pc.sum(pc.equal(part["finish"], "length")).as_py()
+        fresh_tokens += int(counts.sum()) if index in fresh else 0
+    tokens = np.concatenate(lengths)
+    out.stats |= {"rejected": rejected, "tokens": int(tokens.sum()), "cursor": settings.first + asked}
+    out.metrics.add("length/mean", tokens.mean(), "tokens")
+    out.metrics.add("length/max", tokens.max(), "tokens")
+    out.metrics.add("length/cut", cut / len(tokens), "fraction")
+    out.metrics.add("rows/rejected", rejected, "prompts")
+    if fresh:
+        out.metrics.add("speed/tokens_per_second", fresh_tokens / seconds, "tokens/s")
+
+
+if __name__ == "__main__":
+    rollout.main()
