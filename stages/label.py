@@ -84,14 +84,13 @@ def group_numbers(prompt_ids: Sequence[str]) -> np.ndarray:
 
 
 def dropped(columns: Columns, filters: Sequence[Piece[Any]], statuses: Sequence[str | None]) -> list[str | None]:
-    """Why each row does not train; None where it does. The first reason counts."""
-    reasons: list[str | None] = [NO_VERDICT.get(status or "") for status in statuses]
+    """Why each row does not train; None where it does. A filter sees the rows that those before it kept."""
+    reasons = np.array([NO_VERDICT.get(status or "") for status in statuses], dtype=object)
     for piece in filters:
-        kept = piece(columns)
-        reasons = [
-            reason or (None if keep else kept.reason) for reason, keep in zip(reasons, kept.keep, strict=True)
-        ]  # fmt: skip
-    return reasons
+        left = np.flatnonzero(reasons == None)  # noqa: E711  # elementwise
+        kept = piece({name: columns[name][left] for name in piece.needs})
+        reasons[left[~kept.keep]] = kept.reason
+    return list(reasons.tolist())
 
 
 NO_VERDICT = {"timeout": "grader timeout", "error": "grader error", "bad reference": "bad reference"}

@@ -1,0 +1,68 @@
+"""Shape pieces: what is added to the reward of each token before credit is given. Each returns a new array."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import Field
+
+from pipeline.algorithms.shelf import Shelf
+
+
+def on_last_token(rewards: Float[np.ndarray, " B"], mask: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, "B T"]:
+    """Return token rewards with each response's reward on its last token and 0 elsewhere; empty rows stay 0.
+
+    The last generated token carries the reward whether or not it ends the response.
+    """
+    is_last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
+    return np.where(is_last, rewards[:, None], 0.0).astype(rewards.dtype)
+
+
+def kl_penalty(
+    rewards: Float[np.ndarray, "B T"],
+    old_logprobs: Float[np.ndarray, "B T"],
+    ref_logprobs: Float[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+    *,
+    coef: float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> Float[np.ndarray, "B T"]:
+    """Take `coef` times the estimated divergence from the reference off the reward of every token, the last included.
+
+        r_t <- r_t - coef * k(d_t),   d_t = log pi_old(a_t) - log pi_ref(a_t)   [nat]
+        k1 = d      k2 = d^2 / 2      k3 = exp(-d) + d - 1
+
+    k1 summed over a response estimates the divergence without bias and is what InstructGPT puts into the reward
+    (arXiv:2203.02155, eq. 2). d is bounded below at -20 in k3, against overflow.
+    """
+    d = old_logprobs - ref_logprobs
+    if estimator == "k2":
+        d = d**2 / 2
+    elif estimator == "k3":
+        d = np.maximum(d, -20)
+        d = np.expm1(-d) + d
+    return np.where(mask, rewards - coef * d, rewards).astype(rewards.dtype)
+
+
+def overlong_penalty(
+    rewards: Float[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+    *,
+    limit: Annotated[int, Field(ge=1)],
+    buffer: Annotated[int, Field(ge=1)],
+) -> Float[np.ndarray, "B T"]:
+    """Add a penalty for length to the reward of the last token: 0, then a slope over `buffer` tokens, then -1.
+
+        0                                |y| <= limit - buffer
+        ((limit - buffer) - |y|) / buffer    between
+        -1                               |y| > limit
+
+    Soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13). |y| counts response tokens, the end token included.
+    """
+    lengths = mask.sum(axis=1)
+    penalty = np.clip((limit - buffer - lengths) / buffer, -1.0, 0.0)
+    shaped: Float[np.ndarray, "B T"] = rewards + on_last_token(penalty, mask).astype(rewards.dtype)
+    return shaped
+
+
+SHAPES: Shelf[Float[np.ndarray, "B T"]] = Shelf("shape", [kl_penalty, overlong_penalty])
