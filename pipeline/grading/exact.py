@@ -1,0 +1,29 @@
+"""String equality after the last final-answer mark."""
+
+import re
+from typing import ClassVar
+
+MARK = re.compile(r";|####|\b[Aa]nswer:|\bANSWER:|\bA:")
+"""What announces an answer: `37+85=122,122+6=128;128`, `#### 128`, `Answer: 128`, `A: 128`."""
+
+
+class ExactGrader:
+    """The answer is what follows the last mark, or the whole text where there is no mark; stripped of white space.
+
+    The reference is read by the same rule. Nothing is normalized: `1/2` is not `0.5`, and `yes` is not `Yes`.
+    """
+
+    risky: ClassVar[bool] = False
+
+    def extract(self, text: str) -> str | None:
+        """Return the text after the last mark; None when nothing is there."""
+        return MARK.split(text)[-1].strip() or None
+
+    def readable(self, reference: str) -> bool:
+        """Return whether the reference holds any answer."""
+        return self.extract(reference) is not None
+
+    def same(self, answer: str, reference: str) -> bool:
+        """Return whether the two strings are equal character by character."""
+        expected = self.extract(reference)
+        return expected is not None and answer.strip() == expected
