@@ -6,7 +6,7 @@ from importlib import import_module
 
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS
-from pipeline.contracts import Contract
+from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ExperimentError
 from pipeline.stage import Stage
 
@@ -65,3 +65,13 @@ def contract_sheet(contract: Contract) -> Sheet:
         for f in contract.fields
     )
     return Sheet(f"{contract.name} (version {contract.version})", ("column", "type", "null", "unit", "meaning"), rows)
+
+
+def contracts_markdown() -> str:
+    """All contracts as the README shows them."""
+    parts = [
+        f"**{contract_sheet(contract).title}.** {contract.doc}\n\n{contract_sheet(contract).markdown()}"
+        for contract in CONTRACTS.values()
+        if contract.is_table
+    ]
+    return "\n\n".join(parts)
