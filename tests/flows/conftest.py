@@ -1,0 +1,98 @@
+"""A small run, made once by the command line, with Prefect's own server and a model that learns in seconds."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+EXPERIMENT = """
+recipe = "dapo"
+
+[recipe_changes.dapo]
+rollout = { group_size = 4, rounds = 2 }
+shape   = [{ kind = "overlong_penalty", limit = 16, buffer = 4 }]
+update  = { minibatches = 2 }
+
+[recipe_changes.grpo]
+rollout = { group_size = 4 }
+update  = { minibatches = 2 }
+
+[models.new]
+layers = 1
+width  = 64
+heads  = 2
+kv_heads = 1
+max_position = 32
+
+[data.world]
+terms   = [2, 2]
+largest = 6
+held_out_share = 0.3
+
+[data.demonstrations]
+source = "arithmetic"
+count  = 20
+
+[data.prompts]
+source = "arithmetic"
+count  = 20
+
+[data.held_out]
+source = "arithmetic"
+split  = "held_out"
+count  = 6
+
+[sft]
+epochs        = 30
+batch         = 20
+learning_rate = 1e-2
+
+[scale]
+iterations      = 2
+groups          = 6
+prompt_tokens   = 8
+response_tokens = 16
+learning_rate   = 1e-3
+
+[evaluation]
+samples = 4
+
+[resources]
+engine = "transformers"
+"""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A folder with an experiment file, and `rlhf` run in it."""
+
+    folder: Path
+
+    @property
+    def experiment(self) -> Path:
+        return self.folder / "small.toml"
+
+    def rlhf(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *words],
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory) -> Desk:
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "small.toml").write_text(EXPERIMENT)
+    return Desk(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(desk) -> tuple[Desk, subprocess.CompletedProcess[str]]:
+    """The desk after `rlhf run small.toml`, and what the command said."""
+    return desk, desk.rlhf("run", str(desk.experiment))

@@ -1,0 +1,146 @@
+"""What vLLM does not look after: stale and damaged weights, a poisoned engine, the process around it."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.engines import Sampling
+from pipeline.errors import EngineError
+from pipeline.models.checkpoint import load_policy
+from pipeline.models.forward import response_logprobs
+
+PLAN = Sampling(group_size=2, max_tokens=8, stop_ids=(1,))
+
+
+def damaged(source, target, damage):
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    weights = target / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return target
+    tensors = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "nan matrix":
+        tensors[name][3, 60] = torch.nan
+    elif damage == "nan embedding":
+        tensors["model.embed_tokens.weight"][5, 60] = torch.nan
+    else:
+        tensors[name] = tensors[name][:, :10].contiguous()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return target
+
+
+def test_a_plain_reload_keeps_a_tied_head_and_the_probe_sees_it(loaded, checkpoints):
+    engine = loaded("vllm", "tied_a")
+    assert engine._stale(checkpoints["tied_a"]) == ""
+    assert engine._stale(checkpoints["tied_b"]) == "model.embed_tokens"
+    engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints["tied_b"])})
+    assert engine._stale(checkpoints["tied_b"]) == "lm_head"
+    engine.load(checkpoints["tied_b"])
+    assert engine._stale(checkpoints["tied_b"]) == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_the_probe_sees_the_smallest_change_of_any_tensor(loaded, checkpoints, tmp_path, name):
+    engine = loaded("vllm")
+    tensors = load_file(checkpoints["untied_a"] / "model.safetensors")
+    tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert name.removesuffix(".weight").rpartition(".")[0] in engine._stale(tmp_path)
+    assert engine._stale(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "shape"])
+def test_a_damaged_checkpoint_closes_a_warm_engine(loaded, checkpoints, tmp_path, damage):
+    engine = loaded("vllm")
+    with pytest.raises(EngineError):
+        engine.load(damaged(checkpoints["untied_a"], tmp_path / damage, damage))
+    assert engine.closed
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate([[5]], [0], PLAN)
+
+
+def test_a_tensor_that_is_missing_from_the_start_is_named_and_the_next_engine_is_sound(
+    build, loaded, checkpoints, tmp_path
+):
+    engine = build("vllm")
+    with pytest.raises(EngineError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
+        engine.load(damaged(checkpoints["untied_a"], tmp_path / "missing", "missing"))
+    assert engine.closed
+    assert len(list(loaded("vllm").generate([[5]], [0], PLAN))) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("nan embedding", "cannot be"), ("nan matrix", r"does not compute .*\.mlp\.gate_up_proj")]
+)
+def test_numbers_that_are_not_finite_are_not_sampled_from(loaded, checkpoints, tmp_path, damage, message):
+    engine = loaded("vllm")
+    with pytest.raises(EngineError, match=message):
+        engine.load(damaged(checkpoints["untied_a"], tmp_path / "nan", damage))
+        list(engine.generate([[5]], [0], PLAN))
+    assert engine.closed
+
+
+def test_two_readers_at_once_are_refused_and_the_first_goes_on(loaded, checkpoints):
+    engine = loaded("vllm")
+    reading = engine.generate([[5], list(range(3, 40))], [0, 1], PLAN.model_copy(update={"max_tokens": 200}))
+    first = next(reading)
+    with pytest.raises(EngineError, match="still generating"):
+        next(engine.generate([[5]], [0], PLAN))
+    with pytest.raises(EngineError, match="still generating"):
+        engine.load(checkpoints["untied_b"])
+    assert len([first, *reading]) == 4
+
+
+def test_the_process_is_left_as_it_was(build, checkpoints, capfd):
+    setter, filters = torch.set_num_threads, list(warnings.filters)
+    inherited = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    engine = build("vllm")
+    engine.load(checkpoints["tied_a"])
+    list(engine.generate([[5]], [0], PLAN))
+    engine.close()
+    assert torch.set_num_threads is setter
+    assert warnings.filters == filters
+    assert {name: os.environ.get(name) for name in inherited} == inherited
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_second_engine_in_the_process_is_refused_and_the_first_goes_on(loaded, checkpoints):
+    engine = loaded("vllm")
+    second = type(engine)(engine.options)
+    with pytest.raises(EngineError, match="one vLLM engine"):
+        second.load(checkpoints["untied_a"])
+    assert len(list(engine.generate([[5]], [0], PLAN))) == 2
+
+
+def test_bfloat16_reloads_exactly_and_is_close_to_float32(build, checkpoints):
+    half = build("vllm", dtype="bfloat16")
+    half.load(checkpoints["tied_b"])
+    half.load(checkpoints["tied_a"])
+    assert half.describe()["dtype"] == "bfloat16"
+    found = list(half.generate([[5], [6, 7]], [0, 1], PLAN))
+    half.close()
+    policy = load_policy(checkpoints["tied_a"], "float32")
+    prompts = [[[5], [6, 7]][c.prompt] for c in found]
+    exact = response_logprobs(policy, prompts, [c.tokens for c in found]).logprobs.detach()
+    for c, row in zip(found, exact, strict=True):
+        assert c.logprobs == pytest.approx(row[: len(c.tokens)].tolist(), abs=0.5)

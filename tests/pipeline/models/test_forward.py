@@ -1,0 +1,159 @@
+"""Chunked log-probabilities equal the plain computation, in value and in gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import ContractError, ExperimentError, NumericsError
+from pipeline.models.forward import response_logprobs
+
+PROMPTS = [[5, 6, 7], [9], [4] * 20, [8, 3]]
+RESPONSES = [[10, 11, 1], [12] * 9, [7], []]
+
+
+def plain(model, prompt, response, temperature=1.0):
+    """One row at a time, all logits at once."""
+    logits = model(torch.tensor([prompt + response])).logits[0].float() / temperature
+    scores = torch.log_softmax(logits[len(prompt) - 1 : len(prompt) + len(response) - 1], dim=-1)
+    chosen = scores[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
+    return chosen, -(scores.exp() * scores).sum(dim=-1)
+
+
+@pytest.fixture
+def model(policy):
+    policy[0].zero_grad()
+    return policy[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+def test_values_equal_the_plain_computation(model, chunk, temperature):
+    with torch.no_grad():
+        found = response_logprobs(model, PROMPTS, RESPONSES, temperature=temperature, entropy=True, chunk=chunk)
+        assert found.logprobs.shape == found.mask.shape == found.entropies.shape == (4, 9)
+        assert found.logprobs.dtype == torch.float32
+        assert not found.logprobs.requires_grad
+        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            assert found.mask[row].sum() == len(response)
+            logprobs, entropies = plain(model, prompt, response, temperature)
+            assert torch.allclose(found.logprobs[row][found.mask[row]], logprobs, atol=1e-5)
+            assert torch.allclose(found.entropies[row][found.mask[row]], entropies, atol=1e-5)
+        assert (found.logprobs[~found.mask] == 0).all()
+        assert (found.logprobs <= 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_gradients_equal_the_plain_computation(model, chunk):
+    found = response_logprobs(model, PROMPTS, RESPONSES, temperature=0.8, entropy=True, chunk=chunk)
+    weights = torch.arange(found.mask.numel()).reshape(found.mask.shape).float().cos()
+    ((found.logprobs + 0.3 * found.entropies) * weights).sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = 0
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        logprobs, entropies = plain(model, prompt, response, 0.8)
+        total = total + ((logprobs + 0.3 * entropies) * weights[row, : len(response)]).sum()
+    total.backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(ours[name], p.grad, atol=1e-5 * float(p.grad.abs().max()) + 1e-6), name
+
+
+def test_padding_and_company_change_nothing(model):
+    with torch.no_grad():
+        alone = response_logprobs(model, PROMPTS[:1], RESPONSES[:1], entropy=True)
+        company = response_logprobs(model, [PROMPTS[0], [3] * 50, [4]], [RESPONSES[0], [5] * 30, [6] * 2], entropy=True)
+    assert torch.allclose(alone.logprobs[0], company.logprobs[0, :3], atol=1e-5)
+    assert torch.allclose(alone.entropies[0], company.entropies[0, :3], atol=1e-5)
+
+
+def test_logits_exist_a_chunk_at_a_time_and_only_for_responses(model):
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    try:
+        found = response_logprobs(model, PROMPTS, RESPONSES, chunk=4)
+        assert seen == [4, 4, 4, 1]
+        found.logprobs.sum().backward()
+        assert sorted(seen) == [1, 1, 4, 4, 4, 4, 4, 4]
+    finally:
+        handle.remove()
+
+
+def test_no_logits_are_kept_for_the_backward_pass(model):
+    vocabulary = model.config.vocab_size
+    kept = []
+
+    def pack(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        response_logprobs(model, PROMPTS, RESPONSES, entropy=True, chunk=4)
+    assert kept
+    assert not [shape for shape in kept if len(shape) > 1 and shape[-1] == vocabulary]
+
+
+def test_log_probability_at_a_temperature_is_the_design_vector():
+    # metrics/logp_at_temperature of the design's vectors: logits (2, 1, 0), token 0.
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(1, 3, bias=False)
+            self.head.weight.data = torch.tensor([[2.0], [1.0], [0.0]])
+            self.config = type("Config", (), {})()
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def base_model(self, input_ids, **_):
+            ones = torch.ones(*input_ids.shape, 1)
+            return type("Output", (), {"last_hidden_state": ones})()
+
+    for temperature, expected in ((1.0, -0.407605964444), (0.5, -0.1429316285)):
+        found = response_logprobs(Head(), [[1]], [[0]], temperature=temperature).logprobs
+        assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_entropy_of_even_logits_is_the_logarithm_of_the_vocabulary(model):
+    kept = model.lm_head.weight.data.clone()
+    try:
+        model.lm_head.weight.data.zero_()
+        with torch.no_grad():
+            found = response_logprobs(model, [[5]], [[6, 7]], entropy=True)
+    finally:
+        model.lm_head.weight.data.copy_(kept)
+    expected = math.log(model.config.vocab_size)
+    assert found.entropies[0].tolist() == pytest.approx([expected] * 2, abs=1e-5)
+    assert found.logprobs[0].tolist() == pytest.approx([-expected] * 2, abs=1e-5)
+
+
+def test_only_empty_responses_give_an_empty_table(model):
+    found = response_logprobs(model, [[5], [6]], [[], []], entropy=True)
+    assert found.logprobs.shape == found.mask.shape == found.entropies.shape == (2, 0)
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ContractError, match="before it") as caught:
+        response_logprobs(model, [[5], []], [[1], [1]])
+    assert "[1]" in caught.value.where
+
+
+def test_numbers_that_cannot_be_are_refused_with_their_rows(model):
+    kept = model.model.embed_tokens.weight.data[9].clone()
+    try:
+        model.model.embed_tokens.weight.data[9] = torch.nan
+        with pytest.raises(NumericsError, match="nan") as caught:
+            response_logprobs(model, PROMPTS, RESPONSES)
+    finally:
+        model.model.embed_tokens.weight.data[9] = kept
+    assert caught.value.where == "rows [1] of 4"
+
+
+def test_a_model_that_bends_its_logits_is_refused(model):
+    model.config.final_logit_softcapping = 30.0
+    try:
+        with pytest.raises(ExperimentError, match="final_logit_softcapping"):
+            response_logprobs(model, [[5]], [[6]])
+    finally:
+        del model.config.final_logit_softcapping
