@@ -32,16 +32,15 @@ def run(
     # Prefect's own lines would bury ours on the terminal; they still go to its server. It reads this on import.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows import execute, reports
-    from pipeline.algorithms.bind import bind
+    from flows.run import Outcome
     from pipeline.experiment import Experiment
 
     resolved = Experiment.load(execute.find_experiment(experiment), changes or (), recipe, name)
-    bind(resolved.recipe)
     outcome = execute.finished(resolved, root)
     if dry_run:
         reports.plan(resolved, root, outcome)
         return
-    if not isinstance(outcome, execute.Outcome):
+    if not isinstance(outcome, Outcome):
         execute.run_experiment(experiment, recipe, name, changes, str(root))
         outcome = execute.finished(resolved, root)
     reports.summary(experiment, resolved, root, outcome)

@@ -1,6 +1,5 @@
 """One run from its experiment to its end: foundations, evaluation of policy 0, the loop, evaluation of the last."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
@@ -8,28 +7,36 @@ from prefect import flow
 from flows.evaluate import evaluate
 from flows.foundations import foundations
 from flows.online import online
-from flows.run import MissingError, Run, look_up, write_metrics
+from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
-from pipeline.artifacts import Artifact
+from pipeline.algorithms.bind import bind
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
+from pipeline.grading import open_grader
 from pipeline.metrics import console
+from stages.advantage import advantage
+from stages.label import label
+from stages.rollout import rollout
+from stages.score import score
+from stages.sft import sft
+from stages.update import update
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run came to."""
-
-    policy: Artifact
-    before: Artifact | None
-    """Labels of policy 0 on held-out prompts."""
-    after: Artifact | None
+def check(experiment: Experiment) -> None:
+    """Raise `ExperimentError` for whatever can be told of a run before it does anything: every stage's settings."""
+    bind(experiment.recipe)
+    for data in (experiment.data.prompts, experiment.data.held_out):
+        if data is not None:
+            open_grader(data.grader)
+    for stage in (sft, rollout, label, score, advantage, update):
+        stage.settings_type.of(experiment)
 
 
 def walk(run: Run) -> Outcome:
     """Perform everything, in order. What `run.perform` does decides whether this works or only looks."""
+    check(run.experiment)
     base = foundations(run)
     before = None if base.held_out is None else evaluate(run, base.policy, base.held_out, 0)
     policy = online(run, base)

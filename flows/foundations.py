@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.run import Run
+from pipeline.algorithms.labels import LABELS as LABELERS
 from pipeline.artifacts import Artifact
 from pipeline.contracts import POLICY, PROMPTS
 from pipeline.errors import ExperimentError
 from pipeline.experiment import DataSlice
 from stages.ingest import Settings as IngestSettings
 from stages.ingest import ingest
+from stages.label import refuse_unanswered
 from stages.sft import Settings as SftSettings
 from stages.sft import sft
 
@@ -28,6 +30,10 @@ def foundations(run: Run) -> Foundations:
     data = run.experiment.data
     prompts = _ingested(run, "prompts", data.prompts)
     held_out = None if data.held_out is None else _ingested(run, "held_out", data.held_out)
+    if "verdicts" in LABELERS.take(run.experiment.recipe.label).needs:
+        for asked in (prompts, held_out):
+            if asked is not None:
+                refuse_unanswered(asked.table(["prompt_id", "answer", "grader"]).to_pylist(), asked)
     if held_out is not None:
         refuse_leak(prompts, held_out)
     return Foundations(prompts, held_out, _policy(run))

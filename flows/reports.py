@@ -6,14 +6,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import polars as pl
 import tomli_w
 from rich.console import Console
 from rich.table import Table
 
-from flows.execute import Outcome
-from flows.run import MissingError, artifacts_of, name_of
+from flows.run import MissingError, Outcome, artifacts_of, name_of
 from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
 from pipeline.artifacts import MANIFEST, Artifact, Manifest
 from pipeline.contracts import CONTRACTS, Contract
@@ -167,17 +164,19 @@ def show(path: Path, rows: int, where: str | None) -> None:
 
 def _show_table(artifact: Artifact, contract: Contract, rows: int, where: str | None) -> None:
     _print(contract_sheet(contract))
+    import duckdb
+
     files = [str(p) for p in artifact.part_paths()]
     condition = f" where {where}" if where else ""
     try:
-        found = duckdb.sql(f"select * from read_parquet({files!r}){condition} limit {int(rows)}").pl()  # noqa: S608
+        found = duckdb.sql(f"select * from read_parquet({files!r}){condition} limit {int(rows)}").to_arrow_table()  # noqa: S608
         total = duckdb.sql(f"select count(*) from read_parquet({files!r}){condition}").fetchall()[0][0]  # noqa: S608
     except duckdb.Error as error:
         raise ExperimentError(
             f"cannot select: {error}", f"--where {where!r}", "name columns of the table above"
         ) from error
     out.print(f"{min(rows, total)} of {total} rows" + (f" where {where}" if where else ""), markup=False)
-    for row in found.iter_rows(named=True):
+    for row in found.to_pylist():
         _show_row(row)
 
 
@@ -192,8 +191,6 @@ def _show_row(row: dict[str, Any]) -> None:
 def _short(value: Any) -> Any:
     from rich.text import Text
 
-    if isinstance(value, pl.Series):
-        value = value.to_list()
     if isinstance(value, list) and value and isinstance(value[0], float):
         return Text(
             f"{len(value)} numbers: " + " ".join(f"{x:.3g}" for x in value[:12]) + (" ..." if len(value) > 12 else "")

@@ -75,6 +75,16 @@ class Run:
         return self.perform(self, stage, out, settings, **paths)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to."""
+
+    policy: Artifact
+    before: Artifact | None
+    """Labels of policy 0 on held-out prompts."""
+    after: Artifact | None
+
+
 def name_of(path: Path, root: Path) -> str:
     """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
     return "/".join(path.relative_to(root).parts[1:])

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
-from pipeline.engines import Completion, EngineOptions, Sampling, open_engine
+from pipeline.engines import ENGINES, Completion, EngineOptions, Sampling, open_engine
 from pipeline.errors import ContractError, EngineError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
@@ -20,6 +20,13 @@ from pipeline.models import checkpoint
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
+
+
+def known_engine(name: str) -> str:
+    """`name`, if an engine is called so: to be told before anything is trained for it."""
+    if name not in ENGINES:
+        raise ValueError(f"no engine is called {name!r}; there are: {', '.join(ENGINES)}")
+    return name
 
 
 class Settings(StageSettings):
@@ -43,7 +50,7 @@ class Settings(StageSettings):
     """Prompts to take from the stream; every prompt once, in order, when absent."""
     shard: int = Field(256, ge=1)
     """Prompts per part: what an interrupted run loses at most."""
-    engine: str = "vllm"
+    engine: Annotated[str, AfterValidator(known_engine)] = "vllm"
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     seed: int = 0
     """Of the run."""

@@ -1,12 +1,16 @@
 """A small run, made once by the command line, with Prefect's own server and a model that learns in seconds."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from flows import cli
 
 EXPERIMENT = """
 recipe = "dapo"
@@ -75,11 +79,26 @@ class Desk:
     def experiment(self) -> Path:
         return self.folder / "small.toml"
 
+    def refusal(self, *words: str) -> str:
+        """What `rlhf` says on stderr when it refuses the request, run in this process: most of its time is imports."""
+        told = io.StringIO()
+        with (
+            chdir(self.folder),
+            redirect_stderr(told),
+            redirect_stdout(io.StringIO()),
+            pytest.raises(SystemExit) as left,
+        ):
+            sys.argv = ["rlhf", *words]
+            cli.main()
+        assert left.value.code == 2, told.getvalue()
+        assert "Traceback" not in told.getvalue()
+        return told.getvalue()
+
     def rlhf(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli", *words],
             cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

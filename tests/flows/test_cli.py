@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,7 +21,7 @@ BAD_RUNS = {
     "unknown field": (["small.toml", "--set", "scale.iteration=3"], "scale.iteration"),
     "wrong type": (["small.toml", "--set", "scale.groups=many"], "scale.groups"),
     "group of one": (["small.toml", "--set", "recipe_changes.dapo.rollout.group_size=1"], "group_size >= 2"),
-    "unknown engine": (["small.toml", "--set", "resources.engine=vlm", "--name", "e"], "vllm, transformers, scripted"),
+    "unknown engine": (["small.toml", "--set", "resources.engine=vlm"], "vllm, transformers, scripted"),
     "unknown grader": (
         ["small.toml", "--set", "data.prompts.grader=maths", "--set", "data.prompts.source=files"],
         "maths",
@@ -41,9 +40,8 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("words", "said"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_wrong_requests(desk, words, said):
-    refused = desk.rlhf("run", *words, code=2)
-    assert said in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert said in desk.refusal("run", *words)
+    assert not list(desk.folder.glob("runs/*/sft"))
 
 
 def rows(path, *lines):
@@ -80,39 +78,35 @@ def test_unusable_data(desk, tmp_path, lines, said):
 
 def test_prompts_without_answers_are_refused_before_any_model(desk, tmp_path):
     path = rows(tmp_path / "open.jsonl", {"prompt": "1+1="}, {"prompt": "1+2="})
-    refused = desk.rlhf(
-        "run", "small.toml", "--name", "u", "--set", "base=u-base",
-        "--set", f"data.prompts={{files=['{path}']}}", code=2,
-    )  # fmt: skip
-    assert "no answer" in refused.stderr
-    assert not (desk.folder / "runs/u-base/sft").exists()
+    rlhf = desk.refusal
+    refused = rlhf("run", "small.toml", "--name", "u", "--set", "base=u", "--set", f"data.prompts={{files=['{path}']}}")
+    assert "no answer" in refused
+    assert not (desk.folder / "runs/u/sft").exists()
 
 
 def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path):
     path = rows(tmp_path / "same.jsonl", {"prompt": "1+1=", "answer": "2"})
-    refused = desk.rlhf(
-        "run", "small.toml", "--name", "h", "--set", "base=h-base",
-        "--set", f"data.prompts={{files=['{path}']}}", "--set", f"data.held_out={{files=['{path}']}}", code=2,
+    refused = desk.refusal(
+        "run", "small.toml", "--name", "h", "--set", "base=h",
+        "--set", f"data.prompts={{files=['{path}']}}", "--set", f"data.held_out={{files=['{path}']}}",
     )  # fmt: skip
-    assert "held-out prompts are also training prompts" in refused.stderr
+    assert "held-out prompts are also training prompts" in refused
 
 
 def test_unknown_stage_and_missing_input(desk, tmp_path):
-    assert "ingest, sft, rollout" in desk.rlhf("stage", "labell", code=2).stderr
-    assert "--rollouts" in desk.rlhf("stage", "label", "--out", str(tmp_path / "o"), code=2).stderr
+    assert "ingest, sft, rollout" in desk.refusal("stage", "labell")
+    assert "--rollouts" in desk.refusal("stage", "label", "--out", str(tmp_path / "o"))
 
 
 def test_help_loads_nothing_heavy():
     listing = (
         "import sys; sys.argv = ['rlhf', '--help']\nfrom flows import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
     )
-    heavy = "print('LOADED', [m for m in ('torch', 'prefect', 'transformers', 'vllm', 'polars', 'duckdb') if m in sys.modules])"
+    heavy = "print('LOADED', {'torch', 'prefect', 'transformers', 'vllm', 'polars', 'duckdb'} & set(sys.modules))"
     said = subprocess.run([sys.executable, "-c", listing + heavy], capture_output=True, text=True, check=True)
-    assert "LOADED []" in said.stdout
+    assert "LOADED set()" in said.stdout
 
 
 @pytest.mark.parametrize("words", [["recipes"], ["stages"], ["contracts"], ["recipes", "dapo"]], ids=" ".join)
 def test_tables_are_printed(desk, words):
-    started = time.monotonic()
     assert len(desk.rlhf(*words).stdout.splitlines()) > 5
-    assert time.monotonic() - started < 60

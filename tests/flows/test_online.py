@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from flows.foundations import Foundations, foundations
 from flows.online import Now, collect, online
 from flows.run import Run

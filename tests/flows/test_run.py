@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+
 from flows.run import artifacts_of
 from flows.tables import load_stage
 from pipeline.artifacts import METRICS_FILE, Artifact, Manifest
