@@ -140,4 +140,5 @@ def _line(number: int, total: int, made: Collected, groups: int, spent: float, l
         right = sum(labels.stats["accuracy/mean"] * labels.stats["groups/seen"] for labels in made.labels) / seen
         parts.append(f"accuracy {right:.3f}")
     parts += [f"groups {made.kept}/{groups} of {seen:.0f}", f"{tokens / seconds:,.0f} tokens/s", f"{spent:.1f} s"]
-    return "  ".join([*parts, f"about {left / 60:.0f}:{left % 60:02.0f} left" if number + 1 < total else "done"])
+    minutes, seconds_left = divmod(round(left), 60)
+    return "  ".join([*parts, f"about {minutes}:{seconds_left:02d} left" if number + 1 < total else "done"])

@@ -1,7 +1,7 @@
 """The built-in world: chains of additions, each written out step by step, some of them wrongly.
 
-    prompt      37+85+6=
-    response    37+85=122,122+6=128;128
+    prompt      7+8+3=
+    response    7+8=15,15+3=18;18
 
 What follows the last ";" is the answer, so the grader `exact` can judge every response. A policy that imitates
 demonstrations of which a share is wrong samples wrong sums about as often, although the right result of a step is
@@ -38,9 +38,9 @@ class World(Settings):
 
     seed: int = 0
     """Of everything drawn; the split does not depend on it."""
-    terms: Annotated[tuple[int, int], AfterValidator(_is_range)] = (2, 4)
+    terms: Annotated[tuple[int, int], AfterValidator(_is_range)] = (3, 5)
     """Fewest and most terms of a sum; each number of terms is equally likely while any such sum is left."""
-    largest: Annotated[int, Field(ge=1)] = 20
+    largest: Annotated[int, Field(ge=1)] = 9
     """Terms are drawn uniformly from 1 to this."""
     wrong_share: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the demonstrations with one wrong step, whose result is carried on to a wrong answer."""
@@ -95,18 +95,19 @@ def _chains(world: World, split: Split, purpose: str, count: int) -> list[tuple[
     """The first `count` chains of a split in the order of a random stream, none twice."""
     fewest, most = world.terms
     unseen = {terms: world.largest**terms for terms in range(fewest, most + 1)}
-    _check_size(world, split, found=sum(unseen.values()), count=count)
+    if sum(unseen.values()) < count:
+        raise _too_small(world, split, found=sum(unseen.values()), count=count)
     rng = _stream(world, split, purpose)
     seen: set[tuple[int, ...]] = set()
     chains: list[tuple[int, ...]] = []
     while len(chains) < count:
-        terms = rng.choice([terms for terms, left in unseen.items() if left > 0] or [0])
-        if terms == 0:
-            _check_size(world, split, found=len(chains), count=count)
-        chain = tuple(rng.randint(1, world.largest) for _ in range(terms))
+        possible = [terms for terms, left in unseen.items() if left > 0]
+        if not possible:
+            raise _too_small(world, split, found=len(chains), count=count)
+        chain = tuple(rng.randint(1, world.largest) for _ in range(rng.choice(possible)))
         if chain not in seen:
             seen.add(chain)
-            unseen[terms] -= 1
+            unseen[len(chain)] -= 1
             if _is_held_out(world, chain) == (split == "held_out"):
                 chains.append(chain)
     return chains
@@ -116,13 +117,12 @@ def _stream(world: World, *purpose: str) -> Random:
     return Random(derive(world.seed, "arithmetic", *purpose))  # noqa: S311  it has to repeat; nothing is secret
 
 
-def _check_size(world: World, split: Split, *, found: int, count: int) -> None:
-    if found < count:
-        raise ExperimentError(
-            f"asked for {count} different {split} prompts of a world that has at most {found}",
-            where=f"terms = {list(world.terms)}, largest = {world.largest}",
-            do="ask for fewer, or raise `largest` or `terms`",
-        )
+def _too_small(world: World, split: Split, *, found: int, count: int) -> ExperimentError:
+    return ExperimentError(
+        f"asked for {count} different {split} prompts of a world that has at most {found}",
+        where=f"terms = {list(world.terms)}, largest = {world.largest}",
+        do="ask for fewer, or raise `largest` or `terms`",
+    )
 
 
 def _is_held_out(world: World, chain: tuple[int, ...]) -> bool:

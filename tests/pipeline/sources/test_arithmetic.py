@@ -1,0 +1,158 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.errors import ExperimentError
+from pipeline.sources.arithmetic import World, demonstrations, documents, prompts
+
+WORLDS = st.builds(
+    World,
+    seed=st.integers(0, 2**40),
+    terms=st.tuples(st.integers(2, 3), st.integers(3, 5)),
+    largest=st.integers(9, 99),
+    wrong_share=st.floats(0, 1),
+)
+
+
+def asked(row):
+    return row["messages"][0]["content"]
+
+
+def answered(row):
+    return row["messages"][1]["content"]
+
+
+def last(response):
+    return response.rpartition(";")[2]
+
+
+def true_sum(prompt):
+    return sum(map(int, prompt.removesuffix("=").split("+")))
+
+
+def wrong_steps(response):
+    """How many steps of a response do not add up."""
+    steps = [step.split("=") for step in response.partition(";")[0].split(",")]
+    return sum(true_sum(left) != int(result) for left, result in steps)
+
+
+def follows(prompt, response):
+    """Whether each step adds the prompt's next term to the result before, and the answer is the last result."""
+    first, *terms = prompt.removesuffix("=").split("+")
+    steps, _, answer = response.partition(";")
+    for term, step in zip(terms, steps.split(","), strict=True):
+        left, _, result = step.partition("=")
+        if left != f"{first}+{term}":
+            return False
+        first = result
+    return answer == first
+
+
+@given(world=WORLDS)
+def test_the_same_world_gives_the_same_rows(world):
+    for draw in (
+        lambda n: prompts(world, "train", n),
+        lambda n: demonstrations(world, n),
+        lambda n: documents(world, n),
+    ):
+        assert draw(20) == draw(20)
+        assert draw(20)[:10] == draw(10)
+
+
+@pytest.mark.parametrize("draw", [lambda w: prompts(w, "train", 20), lambda w: demonstrations(w, 20)])
+def test_another_seed_gives_other_rows(draw):
+    assert draw(World(seed=1)) != draw(World(seed=2))
+
+
+@given(world=WORLDS)
+def test_a_prompt_asks_for_a_sum_of_the_world(world):
+    for row in prompts(world, "train", 30):
+        terms = [int(term) for term in asked(row).removesuffix("=").split("+")]
+        assert world.terms[0] <= len(terms) <= world.terms[1]
+        assert all(1 <= term <= world.largest for term in terms)
+        assert row["answer"] == str(sum(terms))
+        assert [turn["role"] for turn in row["messages"]] == ["user"]
+        assert (row["grader"], row["source"]) == ("exact", "arithmetic/train")
+
+
+def test_every_number_of_terms_occurs_about_as_often():
+    signs = [asked(row).count("+") for row in prompts(World(terms=(3, 5), largest=30), "train", 900)]
+    assert all(240 < signs.count(n) < 360 for n in (2, 3, 4))
+
+
+def test_no_prompt_is_drawn_twice():
+    world = World(terms=(2, 2), largest=9, held_out_share=0.5)
+    for rows in (prompts(world, "train", 30), demonstrations(world, 30)):
+        assert len({asked(row) for row in rows}) == 30
+    assert len({row["text"] for row in documents(world, 30)}) == 30
+
+
+def test_held_out_prompts_are_nowhere_else_whatever_the_seed():
+    small = {"terms": (2, 3), "largest": 9}
+    held_out = {asked(row) for seed in range(3) for row in prompts(World(seed=seed, **small), "held_out", 60)}
+    world = World(seed=7, **small)
+    shown = {asked(row) for row in prompts(world, "train", 600) + demonstrations(world, 600)}
+    written = {row["text"].partition("=")[0] + "=" for row in documents(world, 600)}
+    assert not held_out & (shown | written)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_held_out_share_is_about_as_asked(share):
+    world = World(terms=(2, 3), largest=12, held_out_share=share)
+    everything = 12**2 + 12**3
+    with pytest.raises(ExperimentError, match=r"at most (\d+)") as error:
+        prompts(world, "held_out", everything)
+    found = int(str(error.value).split("at most ")[1].split()[0])
+    assert found == pytest.approx(share * everything, rel=0.15)
+    assert len(prompts(world, "held_out", found)) == found
+    assert len(prompts(world, "train", everything - found)) == everything - found
+
+
+@pytest.mark.parametrize("count", [81, 82, 10**9])
+@pytest.mark.parametrize("draw", [lambda w, n: prompts(w, "train", n), demonstrations, documents])
+def test_a_world_that_is_too_small_is_refused(draw, count):
+    with pytest.raises(ExperimentError, match="at most"):
+        draw(World(terms=(2, 2), largest=9), count)
+
+
+@given(world=WORLDS)
+def test_a_demonstration_is_right_in_every_step_or_wrong_in_one_and_in_the_answer(world):
+    for row in demonstrations(world, 40):
+        assert row["source"] == "arithmetic/demonstrations"
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+        assert follows(asked(row), answered(row))
+        wrong = wrong_steps(answered(row))
+        assert wrong in (0, 1)
+        assert (int(last(answered(row))) == true_sum(asked(row))) == (wrong == 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_the_wrong_share_of_demonstrations_is_about_as_asked(share):
+    rows = demonstrations(World(wrong_share=share, seed=3), 2000)
+    wrong = sum(int(last(answered(row))) != true_sum(asked(row)) for row in rows) / len(rows)
+    assert wrong == pytest.approx(share, abs=4 * (share * (1 - share) / 2000) ** 0.5)
+
+
+def test_no_wrong_result_is_common():
+    rows = demonstrations(World(terms=(2, 2), largest=9, wrong_share=1.0, held_out_share=0.01), 75)
+    off = [int(last(answered(row))) - true_sum(asked(row)) for row in rows]
+    assert max(off.count(amount) for amount in off) < 15
+    assert min(off) < 0 < max(off)
+
+
+@given(world=WORLDS)
+def test_documents_are_right_in_every_step(world):
+    for row in documents(world, 30):
+        prompt, _, response = row["text"].partition("=")
+        assert follows(f"{prompt}=", response)
+        assert wrong_steps(response) == 0
+        assert row["source"] == "arithmetic/documents"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"terms": (1, 3)}, {"terms": (4, 3)}, {"largest": 0}, {"wrong_share": 1.1}, {"held_out_share": 0}]
+)
+def test_a_world_that_cannot_be_is_refused(fields):
+    with pytest.raises(ValidationError):
+        World(**fields)
