@@ -45,7 +45,7 @@ ON_GPU = torch.cuda.is_available()
 # Read when vllm is imported. What a person has set stays.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # everything below relies on the engine being in this process
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # its errors reach us as exceptions, without pages of state
 if not ON_GPU:
     # A CPU compiles only the rank of the sampled token: seconds, and a C++ compiler, for a number nobody reads.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -80,6 +80,7 @@ with _quiet():
 # vLLM sets these for its own workers; here they would reach every child of this process.
 NOT_TO_INHERIT = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
 CPU_CACHE_BYTES = 2**30
+CPU_BATCH_TOKENS = 4096
 CPU_BLOCK_TOKENS = 128
 PROBED_COLUMNS = 4
 
@@ -174,6 +175,9 @@ class VllmEngine:
         arguments: dict[str, Any] = {"enable_sleep_mode": True} if ON_GPU else {"enforce_eager": True}
         if not ON_GPU:
             arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(checkpoint, options)
+            # A prompt cut in two has its seeded generator turned back after the first half, which a CPU's cannot be.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(CPU_BATCH_TOKENS, _longest(checkpoint, options))
         inherited = {name: os.environ.get(name) for name in NOT_TO_INHERIT}
         set_num_threads = torch.set_num_threads
         try:
@@ -345,14 +349,20 @@ def _weights(checkpoint: Path, layout: dict[str, Any]) -> Iterator[tuple[str, Te
                     yield "lm_head.weight", tensors.whole(name)
 
 
+def _longest(checkpoint: Path, options: EngineOptions) -> int:
+    """Most tokens of a sequence: what the options say, or the checkpoint's own limit."""
+    if options.max_model_len is not None:
+        return options.max_model_len
+    return int(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"])
+
+
 def _cpu_cache_bytes(checkpoint: Path, options: EngineOptions) -> int:
     """Room for every sequence at full length, but within `CPU_CACHE_BYTES` unless two sequences need more."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     heads: int = config.get("num_key_value_heads") or config["num_attention_heads"]
     head_dim: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     per_token: int = 2 * config["num_hidden_layers"] * heads * head_dim * 4
-    longest: int = options.max_model_len or config["max_position_embeddings"]
-    per_sequence = (-(-longest // CPU_BLOCK_TOKENS) + 1) * CPU_BLOCK_TOKENS * per_token
+    per_sequence = (-(-_longest(checkpoint, options) // CPU_BLOCK_TOKENS) + 1) * CPU_BLOCK_TOKENS * per_token
     return max(2 * per_sequence, min(CPU_CACHE_BYTES, options.max_num_seqs * per_sequence))
 
 

@@ -2,8 +2,13 @@
 
 import io
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +99,54 @@ class Desk:
         assert "Traceback" not in told.getvalue()
         return told.getvalue()
 
-    def rlhf(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def rlhf(self, *words: str, code: int = 0, server: str | None = None) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli", *words],
-            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | ({"PREFECT_API_URL": server} if server else {}),
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_home(tmp_path_factory) -> Path:
+    """A home of its own for Prefect, so that no test reads or writes the user's."""
+    home = tmp_path_factory.mktemp("prefect")
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ["PREFECT_MEMO_STORE_PATH"] = str(home / "memo_store.toml")
+    os.environ["PREFECT_LOCAL_STORAGE_PATH"] = str(home / "storage")
+    os.environ.pop("PREFECT_API_URL", None)
+    return home
+
+
+@pytest.fixture(scope="session")
+def server(prefect_home) -> Iterator[str]:
+    """The URL of a Prefect server of our own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (prefect_home / "server.log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        _wait_for(f"{url}/health", process)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(url)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +157,9 @@ def desk(tmp_path_factory) -> Desk:
 
 
 @pytest.fixture(scope="session")
-def finished(desk) -> tuple[Desk, subprocess.CompletedProcess[str]]:
-    """The desk after `rlhf run small.toml`, and what the command said."""
-    return desk, desk.rlhf("run", str(desk.experiment))
+def finished(desk, server) -> tuple[Desk, subprocess.CompletedProcess[str]]:
+    """The desk after `rlhf run small.toml` under a running server, and what the command said.
+
+    The other runs of these tests have no server, and start none by hand.
+    """
+    return desk, desk.rlhf("run", str(desk.experiment), server=server)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engines import Sampling
+from pipeline.engines.vllm import CPU_BATCH_TOKENS
 from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
@@ -35,6 +36,17 @@ def damaged(source, target, damage):
         tensors[name] = tensors[name][:, :10].contiguous()
     save_file(tensors, weights, metadata={"format": "pt"})
     return target
+
+
+def test_more_prompt_tokens_than_one_step_takes_are_sampled_as_if_alone(loaded):
+    """A batch that vLLM would cut through the middle of a prompt: with seeds, on a CPU, that fails inside it."""
+    engine = loaded("vllm")
+    prompts = [[5 + (row + place) % 30 for place in range(150)] for row in range(40)]
+    assert sum(map(len, prompts)) > CPU_BATCH_TOKENS
+    together = {(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, range(0, 4000, 100), PLAN)}
+    alone = {(31, c.sample): c.tokens for c in engine.generate([prompts[31]], [3100], PLAN)}
+    assert len(together) == 80
+    assert {key: together[key] for key in alone} == alone
 
 
 def test_a_plain_reload_keeps_a_tied_head_and_the_probe_sees_it(loaded, checkpoints):
