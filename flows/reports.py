@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flows.run import MissingError, Outcome, artifacts_of, name_of
 from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
+from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import MANIFEST, Artifact, Manifest
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ArtifactError, ExperimentError
@@ -35,13 +36,14 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
         before, after = (_accuracy(labels) for labels in (outcome.before, outcome.after))
         lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
     first = f"{folder}/0000/rollouts-0"
+    other = next(name for name in Recipe.names() if name != experiment.recipe.name)
     lines += [
         f"the run lies in {folder}",
         "",
         "next:",
         f"  rlhf status {folder}",
         f"  rlhf show {first} --where \"finish = 'length'\"",
-        f"  rlhf run {asked} --recipe grpo --name {experiment.name}-grpo",
+        f"  rlhf run {asked} --recipe {other} --name {experiment.name}-{other}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -84,8 +86,6 @@ def recipes(name: str | None) -> None:
     if name is None:
         _print(recipes_sheet())
         return
-    from pipeline.algorithms.recipe import Recipe
-
     Recipe.load(name)
     sys.stdout.write(resources.files("pipeline.algorithms").joinpath("recipes", f"{name}.toml").read_text("utf-8"))
 

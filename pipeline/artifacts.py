@@ -10,13 +10,16 @@ which tell of one making (seconds, host) rather than of what was made.
 
 An artifact is written into a scratch directory beside its place, named by the fingerprint, so that the same
 computation finds its finished shards after a crash; one rename commits it. POSIX rename is atomic and refuses a
-directory that is not empty, so a reader sees all or nothing and of two writers one loses cleanly.
+directory that is not empty, so a reader sees all or nothing and of two writers one loses cleanly. Two writers of the
+same computation would share the scratch directory: the first holds a lock on its log, the second is turned away.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,34 +47,49 @@ class InputRecord(Settings):
     """One input of a computation."""
 
     path: str
+    """Where it lay."""
     fingerprint: str
+    """Name of its computation."""
     digest: str
+    """Name of its bytes."""
 
 
 class FileRecord(Settings):
     """One file of an artifact."""
 
     bytes: int
+    """Size."""
     rows: int | None = None
+    """Of a Parquet file."""
     blake2b: str
+    """Hash of the content, 32 bytes in hex."""
 
 
 class Manifest(Settings):
     """The certificate of an artifact."""
 
     kind: str
+    """Name of the contract."""
     contract: int
+    """Version of the contract."""
     stage: str
+    """Who made it."""
     version: int
     """Raised by a developer when the stage's results change."""
     fingerprint: str
+    """Name of the computation."""
     digest: str
+    """Name of the bytes."""
     settings: dict[str, Any]
+    """All settings of the stage, resolved."""
     inputs: dict[str, list[InputRecord]]
+    """Name of the input -> the artifacts or files given for it."""
     files: dict[str, FileRecord]
+    """Path inside the artifact -> size, rows and hash."""
     stats: dict[str, float] = Field(default_factory=dict)
     """Scalars that others may need: rows, groups_kept, cursor, seconds, ..."""
     made: dict[str, Any] = Field(default_factory=dict)
+    """When, where and with what; tells of the making and is part of no name."""
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -219,12 +237,34 @@ class Outbox:
         self.path = self.target.parent / f".part-{self.target.name}-{self.fingerprint[:8]}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
         except OSError as error:
             raise ArtifactError(f"cannot write: {error.strerror}", str(self.target), "choose another --out") from error
+        self._claim()
         run, iteration = place_of(self.target)
         self.metrics = Metrics(run, iteration, self.target.name)
         self._started = time.monotonic()
-        self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
+
+    def _claim(self) -> None:
+        """Keep other writers out until `close`, and clear away what one that was killed had not finished."""
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ArtifactError(
+                "another process is making it right now",
+                str(self.target),
+                "wait for it and run again: it will be reused",
+            ) from error
+        if not (self.path / LOG_FILE).exists():
+            self.close()
+            raise ArtifactError("another process committed first", str(self.target), "run again: it will be reused")
+        for leftover in self.path.glob("*.tmp"):
+            leftover.unlink()
+
+    def close(self) -> None:
+        """Let go of the scratch directory and leave it as it is."""
+        self._log.close()
 
     def shards(self, count: int) -> Iterator[int]:
         """The shards of `count` that are not there yet; finished ones of an interrupted run are kept."""
@@ -247,18 +287,21 @@ class Outbox:
         for path in sorted(self.path.glob("part-*.parquet")):
             yield pq.read_table(path, columns=columns)
 
-    def log(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Keep a line in log.txt and show it."""
+        self.log(text)
+        console.line(f"  {text}")
+
+    def log(self, text: str) -> None:
+        """Keep a line in log.txt."""
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         self._log.flush()
-        console.line(f"  {text}")
 
     def commit(self) -> Artifact:
         """Write metrics and manifest, then give the directory its name. Raises `ArtifactError` if it is taken."""
         self.stats["seconds"] = round(time.monotonic() - self._started, 3)
         self.metrics.add("time/seconds", self.stats["seconds"], "s")
         self.metrics.write(self.path / METRICS_FILE)
-        self._log.close()
         files = _file_records(self.path)
         self._check_complete(files)
         if self.contract.is_table:
@@ -278,6 +321,7 @@ class Outbox:
             raise ArtifactError(
                 f"another process committed first ({error.strerror})", str(self.target), "run again: it will be reused"
             ) from error
+        self.close()
         return Artifact(self.target, manifest)
 
     def _check_complete(self, files: Mapping[str, FileRecord]) -> None:
@@ -286,7 +330,7 @@ class Outbox:
 
     def discard(self) -> None:
         """Remove the scratch directory: for a computation that failed on its input and has nothing to resume."""
-        self._log.close()
+        self.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -303,7 +347,7 @@ def _circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "git": _git_state(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
 
 

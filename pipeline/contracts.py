@@ -79,20 +79,24 @@ class Contract:
         return pa.schema(fields, {"contract": self.name, "contract_version": str(self.version)})
 
     def conform(self, table: pa.Table, where: str = "") -> pa.Table:
-        """Return `table` with this contract's column order, types and metadata. Raises `ContractError`."""
+        """Return `table` with this contract's column order, types and metadata. Raises `ContractError`.
+
+        Nulls pass: `check` names the rows that have them.
+        """
         self._check_columns(table, where)
         schema = self.schema(table.column_names)
         try:
-            cast = table.select(schema.names).cast(schema)
+            cast = table.select(schema.names).cast(pa.schema([field.with_nullable(True) for field in schema]))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
             raise ContractError(f"{self.name}: {error}", where) from error
         metadata = {**(table.schema.metadata or {}), **(schema.metadata or {})}
-        return cast.replace_schema_metadata(metadata)
+        return pa.Table.from_arrays(cast.columns, schema=schema.with_metadata(metadata))
 
     def check(self, table: pa.Table, where: str = "") -> None:
         """Raise `ContractError` unless columns, types, version, nulls, key, grouping and invariants hold."""
         self._check_version(table.schema, where)
         self._check_columns(table, where)
+        self._check_types(table.schema, where)
         for fault in self._faults(table):
             self._refuse(fault, table, where)
 
@@ -134,23 +138,28 @@ class Contract:
         if unknown:
             raise ContractError(f"{self.name}: unknown column {', '.join(unknown)}", where)
 
+    def _check_types(self, schema: pa.Schema, where: str) -> None:
+        wrong = [
+            f"{self.name}.{f.name}: type is {schema.field(f.name).type}, not {f.type}"
+            for f in self.fields
+            if f.name in schema.names and schema.field(f.name).type != f.type
+        ]
+        if wrong:
+            raise ContractError("\n".join(wrong), where, f"`rlhf contracts {self.name}` lists what is expected")
+
     def _faults(self, table: pa.Table) -> Iterator[Fault]:
-        yield from self._type_faults(table)
         yield from self._null_faults(table)
         yield from _key_faults(table, self)
         for invariant in self.invariants:
             yield from invariant(table)
 
-    def _type_faults(self, table: pa.Table) -> Iterator[Fault]:
-        for field in self.fields:
-            if field.name in table.column_names and table.schema.field(field.name).type != field.type:
-                found = table.schema.field(field.name).type
-                yield Fault(field.name, f"type is {found}, not {field.type}", np.ones(table.num_rows, dtype=bool))
-
     def _null_faults(self, table: pa.Table) -> Iterator[Fault]:
-        for field in self.fields:
-            if field.name in table.column_names and not field.null:
-                yield Fault(field.name, "null", _where(pc.is_null(table[field.name])))
+        for field in (f for f in self.fields if f.name in table.column_names):
+            column = table[field.name]
+            if not field.null:
+                yield Fault(field.name, "null", _where(pc.is_null(column)))
+            if pa.types.is_list(field.type):
+                yield Fault(field.name, "null element", _rows_with(column, _where(pc.is_null(pc.list_flatten(column)))))
 
     def _keys(self, table: pa.Table, rows: np.ndarray) -> list[tuple[object, ...]]:
         if not self.key or not rows.any():
@@ -161,6 +170,13 @@ class Contract:
 
 def _where(mask: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.fill_null(mask, False).to_numpy(), dtype=bool)
+
+
+def _rows_with(column: pa.ChunkedArray, bad_elements: np.ndarray) -> np.ndarray:
+    """Rows of a list column in which an element is bad; `bad_elements` is as long as the flattened column."""
+    counts = ragged.lengths(column)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return np.bincount(owner[bad_elements], minlength=len(counts)) > 0
 
 
 def _key_faults(table: pa.Table, contract: Contract) -> Iterator[Fault]:
@@ -209,14 +225,11 @@ def _elements(column: str, what: str, bad: Callable[[np.ndarray], np.ndarray]) -
     def invariant(table: pa.Table) -> Iterator[Fault]:
         if column not in table.column_names:
             return
-        data = table[column].combine_chunks()
+        data = table[column]
         if pa.types.is_list(data.type):
-            counts = ragged.lengths(data)
-            owner = np.repeat(np.arange(len(data)), counts)
-            wrong = np.bincount(owner[bad(data.flatten().to_numpy(zero_copy_only=False))], minlength=len(data)) > 0
+            yield Fault(column, what, _rows_with(data, bad(_plain(pc.list_flatten(data)))))
         else:
-            wrong = bad(data.to_numpy(zero_copy_only=False))
-        yield Fault(column, what, wrong)
+            yield Fault(column, what, bad(_plain(data)))
 
     return invariant
 

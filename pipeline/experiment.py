@@ -4,7 +4,7 @@ What a recipe leaves out stands here: it changes with scale, the algorithm does 
 keeps (`experiment.toml`) holds the recipe in full, so that nothing is read from anywhere else afterwards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -52,8 +52,11 @@ class Data(Settings):
     world: dict[str, Any] = Field(default_factory=dict)
     """Settings of the built-in world."""
     demonstrations: DataSlice | None = None
+    """What `sft` imitates."""
     prompts: DataSlice
+    """What the loop asks."""
     held_out: DataSlice | None = None
+    """What evaluation asks; no evaluation when absent."""
 
 
 class Sft(Settings):
@@ -62,29 +65,38 @@ class Sft(Settings):
     enabled: bool = True
     """Off: the loop starts from `models.policy` as it is."""
     epochs: int = Field(1, ge=1)
+    """Passes over the demonstrations."""
     batch: int = Field(64, ge=1)
     """Demonstrations per optimizer step."""
     learning_rate: float = Field(1e-5, gt=0)
+    """At the peak of the schedule."""
     warmup_share: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
     final_share: float = Field(0.1, ge=0, le=1)
     """Cosine decay ends at this share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices."""
 
 
 class Scale(Settings):
     """Sizes of the loop."""
 
     iterations: int = Field(ge=1)
+    """Walks of the loop."""
     groups: int = Field(ge=1)
     """Prompts per iteration, after filtering."""
     prompt_tokens: int = Field(ge=1)
     """Longer prompts are rejected and counted, never cut."""
     response_tokens: int = Field(ge=1)
+    """Longest response; what is longer is cut there and finishes as `length`."""
     learning_rate: float = Field(gt=0)
+    """After the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up; constant after that."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices."""
     gradient_clip: float = Field(1.0, gt=0)
+    """Largest norm of a step's gradient."""
 
 
 class Evaluation(Settings):
@@ -92,8 +104,10 @@ class Evaluation(Settings):
 
     samples: int = Field(8, ge=1)
     """Responses per held-out prompt: pass@k and maj@k up to this k."""
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits when sampling."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share of the probability."""
     every: int = Field(0, ge=0)
     """Evaluate after every so many iterations as well; the first and the last policy always are."""
 
@@ -104,8 +118,9 @@ class Resources(Settings):
     engine: str = "vllm"
     """Who samples: `vllm`, `transformers`, `scripted`."""
     launcher: Literal["inline", "process"] = "inline"
+    """Where stages run: in this process, or each in its own."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Of the sampler. Training computes in the checkpoint's own type."""
+    """Of the sampler. Training and scoring compute in float32."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once in training and scoring."""
     grader_seconds: float = Field(5.0, gt=0)
@@ -118,18 +133,27 @@ class Experiment(Settings):
     """A run, resolved: everything that its stages read."""
 
     name: str
+    """Of the run's directory."""
     base: str
     """The run that holds what all recipes on this data share: ingested data and the SFT policy."""
     seed: int = 0
+    """Of everything random."""
     recipe: Recipe
+    """The algorithm, with its changes applied."""
     recipe_changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Recipe name -> deviations from the published recipe; those of the chosen recipe are applied and recorded."""
     models: Models = Models()
+    """Where the policy comes from."""
     data: Data
+    """What is read."""
     sft: Sft = Sft()
+    """Fine-tuning before the loop."""
     scale: Scale
+    """Sizes of the loop."""
     evaluation: Evaluation = Evaluation()
+    """Sampling on held-out prompts."""
     resources: Resources = Resources()
+    """How stages run."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -139,6 +163,9 @@ class Experiment(Settings):
             raise ValueError("sft.enabled = false needs models.policy: there is nothing to start from")
         if self.sft.enabled and self.data.demonstrations is None:
             raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
+        responses, steps = self.scale.groups * self.recipe.rollout.group_size, self.recipe.update.minibatches
+        if responses < steps:
+            raise ValueError(f"{responses} responses per iteration cannot be dealt to {steps} minibatches")
         return self
 
     @classmethod
@@ -153,7 +180,9 @@ class Experiment(Settings):
         wanted = recipe if recipe is not None else tables.get("recipe")
         if wanted is None:
             raise ExperimentError("the experiment names no recipe", str(path), 'write: recipe = "grpo"')
-        chosen = Recipe.load(wanted) if isinstance(wanted, str) else Recipe.read(wanted)
+        if not isinstance(wanted, str | dict):
+            raise ExperimentError(f"recipe: expected a name or a table, found {wanted!r}", str(path), 'recipe = "grpo"')
+        chosen = Recipe.load(wanted) if isinstance(wanted, str) else Recipe.read(wanted, str(path))
         changes = tables.get("recipe_changes", {})
         _check_changes(changes, path)
         tables["recipe"] = chosen.changed(changes.get(chosen.name, {}))
@@ -171,14 +200,15 @@ class Experiment(Settings):
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
 
 
-def _check_changes(changes: Mapping[str, Any], path: Path) -> None:
-    unknown = [name for name in changes if name not in Recipe.names()]
-    if unknown:
-        raise ExperimentError(
-            f"recipe_changes.{unknown[0]}: no such recipe",
-            str(path),
-            f"write [recipe_changes.NAME] with NAME one of {', '.join(Recipe.names())}",
-        )
+def _check_changes(changes: Any, path: Path) -> None:
+    do = f"write [recipe_changes.NAME] with NAME one of {', '.join(Recipe.names())}"
+    if not isinstance(changes, dict):
+        raise ExperimentError(f"recipe_changes: expected tables, found {changes!r}", str(path), do)
+    for name, change in changes.items():
+        if name not in Recipe.names():
+            raise ExperimentError(f"recipe_changes.{name}: no such recipe", str(path), do)
+        if not isinstance(change, dict):
+            raise ExperimentError(f"recipe_changes.{name}: expected a table, found {change!r}", str(path), do)
 
 
 def _without_none(value: Any) -> Any:

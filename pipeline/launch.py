@@ -6,6 +6,7 @@ process   the command that a person would type, in a process of its own: memory 
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from pipeline.artifacts import Artifact
 from pipeline.errors import ExperimentError, PipelineError
 from pipeline.experiment import Experiment
-from pipeline.stage import Stage, StageSettings
+from pipeline.stage import LIFELINE, Stage, StageSettings
 
 
 def launch(
@@ -42,20 +43,20 @@ def launch(
     raise kind(
         f"stage {stage.name} ended with exit code {code}",
         str(out),
-        f"its message is above; try it alone: {_typed(command)}",
+        f"its message is above; try it alone: {shlex.join(command)}",
     )
 
 
 def _run(command: list[str]) -> int:
-    """Run in a session of its own, so that whatever ends this process can end the children with it."""
-    child = subprocess.Popen(command, start_new_session=True)  # noqa: S603
+    """Run in a session of its own that ends when this process does: by an exception here, by the pipe otherwise."""
+    theirs, ours = os.pipe()
+    environment = {**os.environ, LIFELINE: str(theirs)}
+    child = subprocess.Popen(command, start_new_session=True, pass_fds=(theirs,), env=environment)  # noqa: S603
     try:
         return child.wait()
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def _typed(command: list[str]) -> str:
-    return subprocess.list2cmdline(command)
+        os.close(theirs)
+        os.close(ours)

@@ -1,6 +1,6 @@
 """Settings: frozen, nothing extra, every field documented; TOML in, `a.b=c` overrides on top."""
 
-import json
+import copy
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,9 +30,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def override(tables: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Return `tables` with each `a.b=c` applied; `c` is read as TOML, and as plain text where TOML does not allow it.
 
-    Raises `ExperimentError` when an assignment has no `=` or goes through something that is not a table.
+    Nothing after the `=` is None, which TOML cannot say. Raises `ExperimentError` when an assignment has no `=` or goes
+    through something that is not a table.
     """
-    result: dict[str, Any] = json.loads(json.dumps(tables))
+    result: dict[str, Any] = copy.deepcopy(dict(tables))
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name.strip():
@@ -40,7 +41,8 @@ def override(tables: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
         *tables_on_the_way, last = name.strip().split(".")
         place = result
         for key in tables_on_the_way:
-            place = place.setdefault(key, {})
+            place[key] = {} if place.get(key) is None else place[key]
+            place = place[key]
             if not isinstance(place, dict):
                 raise ExperimentError(f"--set {assignment!r}: {key!r} is a value, not a table")
         place[last] = _value(text.strip())
@@ -48,10 +50,13 @@ def override(tables: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
 
 
 def _value(text: str) -> Any:
+    if not text:
+        return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return read["value"] if len(read) == 1 else text  # several lines of text may look like more assignments
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:
@@ -59,6 +64,9 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     lines = []
     for fault in error.errors(include_url=False):
         place = ".".join(str(part) for part in fault["loc"])
+        if not place:
+            lines.append(prefix + fault["msg"].removeprefix("Value error, "))
+            continue
         found = repr(fault.get("input"))
         found = found if len(found) <= 60 else found[:57] + "..."
         lines.append(f"{prefix}{place}: {fault['msg']} [input_value={found}]")

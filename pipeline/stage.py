@@ -12,9 +12,11 @@ import argparse
 import dataclasses
 import inspect
 import os
+import signal
 import sys
+import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Self, Union, get_args, get_origin, get_type_hints
@@ -30,6 +32,9 @@ from pipeline.settings import Settings, explain, override
 
 FILES: Final = "files"
 """Marks an input that is files from outside rather than an artifact."""
+
+LIFELINE: Final = "RLHF_LIFELINE"
+"""Environment variable with the number of a pipe that closes when the process that launched this one ends."""
 
 Paths = Mapping[str, Path | Sequence[Path] | None]
 
@@ -70,12 +75,18 @@ class InputSpec:
     @classmethod
     def of(cls, name: str, annotation: Any) -> Self:
         """Read `Annotated[Artifact | None, CONTRACT]` and its relatives."""
-        if get_origin(annotation) in (Union, types.UnionType):  # get_type_hints turns `= None` into this
-            annotation = next(a for a in get_args(annotation) if a is not types.NoneType)
-        inner, marker = get_args(annotation)[:2]
-        optional = get_origin(inner) in (Union, types.UnionType)
-        kinds = [a for a in get_args(inner) if a is not types.NoneType] if optional else [inner]
-        return cls(name, None if marker == FILES else marker, get_origin(kinds[0]) is tuple, optional)
+        annotated, absent_outside = _without_absent(annotation)
+        inner, marker = get_args(annotated)[:2]
+        kind, absent_inside = _without_absent(inner)
+        optional = absent_outside or absent_inside
+        return cls(name, None if marker == FILES else marker, get_origin(kind) is tuple, optional)
+
+
+def _without_absent(annotation: Any) -> tuple[Any, bool]:
+    """The annotation without `| None`, and whether it had that."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return annotation, False
+    return next(a for a in get_args(annotation) if a is not types.NoneType), True
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,11 @@ class Stage:
             if error.exit_code == ExperimentError.exit_code:
                 outbox.discard()
             raise
+        finally:
+            outbox.close()
 
     def committed(self, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact | None:
         """The artifact at `out` if it is this exact computation; None if nothing is there. Starts nothing."""
-        if not out.exists():
-            return None
         opened, fingerprint = self._identify(settings, paths)
         return self._reuse(out, settings, opened, fingerprint)
 
@@ -148,27 +159,41 @@ class Stage:
         python: str = sys.executable,
         **paths: Path | Sequence[Path] | None,
     ) -> list[str]:
-        """The words that a person would type for this computation."""
+        """The words that a person would type for this computation.
+
+        Settings that `experiment` gives already are left out, except those that its slice depends on.
+        """
         words = [
             python,
             "-m",
             self.function.__module__ if self.function.__module__ != "__main__" else f"stages.{self.name}",
         ]
-        changes = settings.model_dump(mode="json", exclude_none=True)
         if experiment is not None:
-            base = self.settings_type.slice(experiment[0], changes)
-            base = {name: _plain(value) for name, value in base.items()}
-            changes = {name: value for name, value in changes.items() if base.get(name) != value}
             words += ["--experiment", str(experiment[1])]
         for spec in self.inputs:
             given = _as_list(paths.get(spec.name))
             words += [f"--{spec.name.replace('_', '-')}", *map(str, given)] if given else []
-        for name, value in changes.items():
-            words += ["--set", f"{name}={_as_toml(value)}"]
+        for assignment in self._assignments(settings, experiment[0] if experiment is not None else None):
+            words += ["--set", assignment]
         return [*words, "--out", str(out)]
+
+    def _assignments(self, settings: StageSettings, experiment: Experiment | None) -> Iterator[str]:
+        """What to write after `--set` to get from the experiment's slice, or from nothing, to `settings`."""
+        values, present = settings.model_dump(mode="json"), settings.model_dump(mode="json", exclude_none=True)
+        changes = Changes(values)
+        base = self.settings_type.slice(experiment, changes) if experiment is not None else {}
+        for name, info in type(settings).model_fields.items():
+            before = base.get(name, info.get_default(call_default_factory=True))
+            if values[name] is None and before is not None:
+                yield f"{name}="
+            elif name in present and (experiment is None or name in changes.read or _plain(before) != present[name]):
+                yield f"{name}={_as_toml(present[name])}"
+                yield from (f"{place}=" for place, value in _flat({name: values[name]}).items() if value is None)
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
+        if (pipe := os.environ.pop(LIFELINE, None)) is not None:
+            threading.Thread(target=_end_with_launcher, args=(int(pipe),), daemon=True).start()
         try:
             self.run_arguments(self.parser().parse_args(arguments))
         except PipelineError as error:
@@ -203,7 +228,13 @@ class Stage:
                 required=not spec.optional, metavar="PATH", help=what + (" (optional)" if spec.optional else ""),
             )  # fmt: skip
         parser.add_argument("--experiment", type=Path, help="take the settings from this experiment file")
-        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="change one setting (nothing after =: none)",
+        )
         parser.add_argument("--out", type=Path, required=True, help="directory to make")
         return parser
 
@@ -246,6 +277,24 @@ class Stage:
             whole = [item.path if isinstance(item, ForeignFile) else item for item in items]
             values[spec.name] = tuple(whole) if spec.many else (whole[0] if whole else None)
         return self.inputs_type(**values)
+
+
+class Changes(Mapping[str, Any]):
+    """Settings that remember which of them were read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @dataclass(frozen=True)
@@ -339,6 +388,11 @@ def _as_toml(value: Any) -> str:
 
 def _key(name: str) -> str:
     return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def _end_with_launcher(pipe: int) -> None:
+    os.read(pipe, 1)  # returns when the other end closes, however its process ended
+    os.killpg(0, signal.SIGKILL)
 
 
 def _settings_help(settings_type: type[StageSettings]) -> str:

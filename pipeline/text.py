@@ -42,9 +42,14 @@ class Chat:
     def demonstration(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Tokens of a whole conversation, and True where the assistant wrote them (its end token included).
 
-        Raises `InputError` for a template that writes a turn differently once more turns follow: there is then no
-        telling which tokens are the assistant's.
+        Raises `InputError` for a conversation that the assistant begins, and for a template that writes a turn
+        differently once more turns follow: there is then no telling which tokens are the assistant's.
         """
+        if messages[0]["role"] == "assistant":
+            raise InputError(
+                f"a conversation begins with the assistant, answering nothing: {messages[0]['content'][:60]!r}",
+                do="leave such conversations out",
+            )
         tokens = self._apply(messages)
         mask = [False] * len(tokens)
         for turn, message in enumerate(messages):
@@ -102,9 +107,18 @@ class Chat:
         }
 
     def _apply(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+        from jinja2 import TemplateError
+
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-        return list(
-            self.tokenizer.apply_chat_template(
+        try:
+            tokens = self.tokenizer.apply_chat_template(
                 plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
             )
-        )
+        except TemplateError as error:
+            roles = ", ".join(m["role"] for m in plain) or "none"
+            raise InputError(
+                f"the chat template refuses the turns ({roles}): {error}",
+                str(self.checkpoint),
+                "leave such conversations out, or use another template",
+            ) from error
+        return list(tokens)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -87,6 +88,14 @@ def messages_of(row: Mapping[str, Any]) -> list[Row]:
     return [_turn(turn) for turn in turns]
 
 
+def question_of(row: Mapping[str, Any]) -> list[Row]:
+    """The conversation of a row that the assistant is to answer."""
+    messages = messages_of(row)
+    if messages[-1]["role"] != "user":
+        raise UnfitRowError("the conversation does not end with a turn of the user")
+    return messages
+
+
 def _turn(turn: Any) -> Row:
     role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
@@ -113,15 +122,13 @@ def reference(answer: Any) -> str | None:
     text = str(answer)
     for mark in ("####", "\nA:"):
         if mark in text:
-            return text.rpartition(mark)[2].strip()
-    return text.removeprefix("A:").strip()
+            return text.rpartition(mark)[2].strip() or None
+    return text.removeprefix("A:").strip() or None
 
 
 def as_prompt(row: Mapping[str, Any], grader: str) -> Row:
     """A row of the prompts contract. Raises `UnfitRowError`."""
-    messages = messages_of(row)
-    if messages[-1]["role"] != "user":
-        raise UnfitRowError("the conversation does not end with a turn of the user")
+    messages = question_of(row)
     return {
         "prompt_id": identity(messages), "messages": messages, "answer": reference(row.get("answer")),
         "grader": grader, "source": row["source"],
@@ -149,7 +156,7 @@ def as_document(row: Mapping[str, Any]) -> Row:
 
 def as_ranking(row: Mapping[str, Any]) -> Row:
     """A row of the rankings contract: chosen and rejected, or responses with ranks."""
-    messages = messages_of(row)
+    messages = question_of(row)
     responses, ranks = row.get("response"), row.get("ranks")
     if row.get("chosen") is not None:
         responses, ranks = [row["chosen"], row.get("rejected")], [0, 1]
@@ -157,7 +164,9 @@ def as_ranking(row: Mapping[str, Any]) -> Row:
         raise UnfitRowError("neither chosen and rejected, nor as many ranks as responses")
     if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
         raise UnfitRowError("fewer than two responses of text")
-    annotator = row.get("annotator")
+    if not all(isinstance(rank, int) and abs(rank) < 128 for rank in ranks):
+        raise UnfitRowError(f"ranks that are not small whole numbers: {str(ranks)[:60]}")
+    annotator = None if row.get("annotator") is None else str(row["annotator"])
     prompt_id = identity(messages)
     return {
         "ranking_id": _hex(f"{prompt_id}{annotator}{responses}"), "prompt_id": prompt_id, "messages": messages,
@@ -167,30 +176,62 @@ def as_ranking(row: Mapping[str, Any]) -> Row:
 
 def as_rollouts(row: Mapping[str, Any], chat: Chat) -> list[Row]:
     """Rows of the rollouts contract, without `sample`: one response or a list of them, tokenized here once."""
-    messages = messages_of(row)
+    messages = question_of(row)
     given = row.get("response")
     responses = given if isinstance(given, list) else [given]
     if not responses or not all(isinstance(text, str) and text for text in responses):
         raise UnfitRowError("no response, or an empty one")
-    prompt_tokens = row.get("prompt_tokens") or chat.prompt_tokens(messages)
+    asked = {"prompt_id": identity(messages), "prompt_tokens": row.get("prompt_tokens") or chat.prompt_tokens(messages)}
+    _refuse_strange(asked["prompt_tokens"], chat)
     tokens, logprobs = (
         _per_response(row.get(name), len(responses)) for name in ("response_tokens", "sampler_logprobs")
     )
-    finish = row.get("finish") if row.get("finish") in ("stop", "length") else "stop"
+    finish: Any = row.get("finish")
+    finishes = finish if isinstance(finish, list) else [finish] * len(responses)
+    if len(finishes) != len(responses):
+        raise UnfitRowError(f"{len(finishes)} times finish for {len(responses)} responses")
     return [
-        {
-            "prompt_id": identity(messages), "prompt_tokens": prompt_tokens,
-            "response_tokens": ids or chat.response_tokens(text, finished=finish == "stop"), "response": text,
-            "sampler_logprobs": logs if ids else None, "finish": finish, "seed": 0,
-        }
-        for text, ids, logs in zip(responses, tokens, logprobs, strict=True)
-    ]  # fmt: skip
+        {**asked, **_response(text, ids, logs, end, chat)}
+        for text, ids, logs, end in zip(responses, tokens, logprobs, finishes, strict=True)
+    ]
+
+
+def _response(text: str, ids: Any, logprobs: Any, finish: Any, chat: Chat) -> Row:
+    """One response; without `finish` it was cut if its own tokens say so, and log-probabilities need those tokens."""
+    if not finish:
+        finish = "length" if ids and ids[-1] not in chat.stop_ids else "stop"
+    if finish not in ("stop", "length"):
+        raise UnfitRowError(f"finish is {finish!r}, neither stop nor length")
+    if ids:
+        _refuse_strange(ids, chat)
+        _refuse_impossible(logprobs, len(ids))
+    return {
+        "response_tokens": ids or chat.response_tokens(text, finished=finish == "stop"), "response": text,
+        "sampler_logprobs": logprobs if ids else None, "finish": finish, "seed": 0,
+    }  # fmt: skip
+
+
+def _refuse_strange(tokens: Any, chat: Chat) -> None:
+    size = len(chat.tokenizer)
+    if not isinstance(tokens, list) or not all(isinstance(token, int) and 0 <= token < size for token in tokens):
+        raise UnfitRowError(f"tokens that are not ids of this tokenizer: {str(tokens)[:60]}")
+
+
+def _refuse_impossible(logprobs: Any, count: int) -> None:
+    if logprobs is None:
+        return
+    if len(logprobs) != count:
+        raise UnfitRowError(f"{len(logprobs)} log-probabilities for {count} tokens")
+    if not all(isinstance(value, int | float) and -math.inf < value <= 0 for value in logprobs):
+        raise UnfitRowError("log-probabilities that are not finite numbers <= 0")
 
 
 def _per_response(values: Any, count: int) -> list[Any]:
     """One list per response: `values` is a list of them, a single one, or nothing."""
     if not values:
         return [None] * count
+    if not isinstance(values, list):
+        raise UnfitRowError(f"expected a list, found {str(values)[:60]}")
     lists = values if isinstance(values[0], list) else [values]
     if len(lists) != count:
         raise UnfitRowError(f"{len(lists)} lists of tokens for {count} responses")
@@ -217,9 +258,12 @@ UNIQUE = {"prompts": "prompt_id", "documents": "document_id", "rankings": "ranki
 """Contracts in which a row may stand once only."""
 
 
-def mapping_of(first: RawRow, settings: Settings) -> dict[str, str]:
-    """Which column of the file is which of ours. Raises `InputError` when none will do."""
-    found = files.find_columns(first.values, COLUMNS[settings.kind], settings.columns)
+def refuse_misfit(first: RawRow, settings: Settings) -> None:
+    """Raise `InputError` when the columns of the first row will not do: then none of the rows would."""
+    wanted = COLUMNS[settings.kind]
+    if unknown := [name for name in settings.columns if name not in wanted]:
+        raise InputError(f"{settings.kind} have no column {unknown[0]!r}", do=f"columns: {', '.join(wanted)}")
+    found = files.find_columns(first.values, wanted, settings.columns)
     needed = NEEDS_ONE_OF[settings.kind]
     if not any(name in found for name in needed):
         names = [alias for name in needed for alias in files.ALIASES[name]]
@@ -228,14 +272,14 @@ def mapping_of(first: RawRow, settings: Settings) -> dict[str, str]:
             first.where,
             f"name it with --set columns.{needed[0]}=YOURS; known names: {', '.join(names)}",
         )
-    return found
 
 
-def renamed(raw: RawRow, mapping: Mapping[str, str], source: str | None) -> Row:
-    """The row under our names, with its source filled in."""
-    row = {ours: files.value(raw.values, theirs) for ours, theirs in mapping.items()}
+def renamed(raw: RawRow, settings: Settings) -> Row:
+    """The row under our names, with its source filled in. Each row is looked at: a second file may use other names."""
+    names = {**files.find_columns(raw.values, COLUMNS[settings.kind], {}), **settings.columns}
+    row = {ours: files.value(raw.values, theirs) for ours, theirs in names.items()}
     _refuse_broken_text(row)
-    row["source"] = str(row.get("source") or source or Path(raw.where.partition(":")[0].partition("[")[0]).stem)
+    row["source"] = str(row.get("source") or settings.name or Path(raw.where.partition(":")[0].partition("[")[0]).stem)
     return row
 
 
@@ -251,11 +295,11 @@ def adapted(rows: Iterator[RawRow], settings: Settings, chat: Chat | None) -> It
     first = next(rows, None)
     if first is None:
         raise InputError("the files hold no rows", do="check the files")
-    mapping = mapping_of(first, settings)
+    refuse_misfit(first, settings)
     seen: set[str] = set()
     for raw in _chain(first, rows):
         try:
-            made = _adapt(renamed(raw, mapping, settings.name), settings, chat)
+            made = _adapt(renamed(raw, settings), settings, chat)
             if (key := UNIQUE.get(settings.kind)) is not None:
                 _refuse_repeated(made[0], key, seen)
         except UnfitRowError as reason:
@@ -283,7 +327,10 @@ def _adapt(row: Row, settings: Settings, chat: Chat | None) -> list[Row]:
             raise InputError(
                 "responses from elsewhere need a tokenizer", do="name the checkpoint they are for: --tokenizer PATH"
             )
-        return as_rollouts(row, chat)
+        try:
+            return as_rollouts(row, chat)
+        except InputError as error:  # the chat template refuses the conversation
+            raise UnfitRowError(error.what) from error
     return [{"demonstrations": as_demonstration, "documents": as_document, "rankings": as_ranking}[settings.kind](row)]
 
 
@@ -324,7 +371,7 @@ def ingest(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     about: dict[str, str] = {}
     if settings.kind == "rollouts" and inputs.tokenizer is not None:
         rows, about = grouped(rows), {"engine": "elsewhere", **Chat(inputs.tokenizer.path).metadata()}
-    for index, part in enumerate(_parts(rows)):
+    for index, part in enumerate(parts(rows, PART_ROWS)):
         table = pa.Table.from_pylist(part, schema=out.contract.schema(part[0]))
         out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
 
@@ -357,14 +404,14 @@ def _say(misfits: list[tuple[RawRow, str]], kept: int, out: Outbox) -> None:
             stream.write(
                 json.dumps({"where": source.where, "reason": reason, "row": source.values}, default=str) + "\n"
             )
-    out.log(f"{kept} rows kept, {len(misfits)} do not fit and lie in {REJECTED}; the first: {misfits[0][1]}")
+    out.say(f"{kept} rows kept, {len(misfits)} do not fit and lie in {REJECTED}; the first: {misfits[0][1]}")
 
 
-def _parts(rows: list[Row]) -> Iterator[list[Row]]:
-    """Runs of about `PART_ROWS` rows that do not cut through a group."""
+def parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """Runs of `size` rows, or a few more, that do not cut through a group."""
     start = 0
     while start < len(rows):
-        end = min(start + PART_ROWS, len(rows))
+        end = min(start + size, len(rows))
         while end < len(rows) and "sample" in rows[end] and rows[end]["sample"] > 0:
             end += 1
         yield rows[start:end]

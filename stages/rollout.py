@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
 from pipeline.engines import ENGINES, Completion, EngineOptions, Sampling, open_engine
-from pipeline.errors import ContractError, EngineError
+from pipeline.errors import ArtifactError, ContractError, EngineError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
@@ -35,13 +35,17 @@ class Settings(StageSettings):
     group_size: int = Field(ge=1)
     """Responses per prompt."""
     temperature: float = Field(1.0, gt=0)
+    """Divides the logits before the softmax."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that hold this share of the probability; 1 is all."""
     top_k: int | None = Field(None, ge=1)
+    """Sample from so many of the likeliest tokens; all when absent."""
     greedy: bool = False
     """Also one greedy response per prompt, as sample -1."""
     prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are rejected and counted, never cut."""
     response_tokens: int = Field(1024, ge=1)
+    """Longest response, its end token included; what is longer is cut and marked `length`."""
     first: int = Field(0, ge=0)
     """Where in the endless shuffled stream of prompts to start: the cursor."""
     since: int | None = Field(None, ge=0)
@@ -51,7 +55,9 @@ class Settings(StageSettings):
     shard: int = Field(256, ge=1)
     """Prompts per part: what an interrupted run loses at most."""
     engine: Annotated[str, AfterValidator(known_engine)] = "vllm"
+    """Who samples: `vllm`, `transformers`, `scripted`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Arithmetic of the engine; `auto` takes what the checkpoint names."""
     seed: int = 0
     """Of the run."""
     draw: str = "0"
@@ -116,13 +122,24 @@ def short_enough(tokens: Sequence[list[int]], limit: int) -> list[int]:
     return [index for index, prompt in enumerate(tokens) if len(prompt) <= limit]
 
 
-def questions(table: pa.Table, chat: Chat, settings: Settings) -> tuple[list[Asked], int]:
+_tokenized: dict[tuple[str, str, str], list[list[int]]] = {}
+
+
+def tokenized(prompts: Artifact, chat: Chat) -> list[list[int]]:
+    """Tokens of every prompt; kept for the next iteration, which asks the same ones with the same tokenizer."""
+    about = chat.metadata()
+    key = (prompts.manifest.digest, about["tokenizer_digest"], about["chat_template_digest"])
+    if key not in _tokenized:
+        _tokenized.clear()
+        _tokenized[key] = [chat.prompt_tokens(turns) for turns in prompts.table(["messages"])["messages"].to_pylist()]
+    return _tokenized[key]
+
+
+def questions(ids: Sequence[str], tokens: Sequence[list[int]], settings: Settings) -> tuple[list[Asked], int]:
     """The prompts to ask, and how many prompts of the whole dataset are too long to ever be asked.
 
     Too long prompts leave before the stream is drawn, so a count is a count of prompts that are answered.
     """
-    ids, messages = table["prompt_id"].to_pylist(), table["messages"].to_pylist()
-    tokens = [chat.prompt_tokens(turns) for turns in messages]
     usable = short_enough(tokens, settings.prompt_tokens)
     if not usable:
         raise ContractError(
@@ -168,9 +185,16 @@ def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
 @stage(writes=ROLLOUTS, version=1, hardware="gpu")
 def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Sample responses from the policy."""
-    checkpoint.inspect(inputs.policy.path)
+    facts, longest = checkpoint.inspect(inputs.policy.path), settings.prompt_tokens + settings.response_tokens
+    if longest > facts.max_position:
+        raise ArtifactError(
+            f"prompt_tokens + response_tokens = {longest} is more than the policy's {facts.max_position} positions",
+            str(inputs.policy.path),
+            "lower scale.prompt_tokens or scale.response_tokens",
+        )
     chat = Chat(inputs.policy.path)
-    asked, too_long = questions(inputs.prompts.table(["prompt_id", "messages"]), chat, settings)
+    ids = inputs.prompts.table(["prompt_id"])["prompt_id"].to_pylist()
+    asked, too_long = questions(ids, tokenized(inputs.prompts, chat), settings)
     if too_long:
         out.log(f"{too_long} prompts are longer than {settings.prompt_tokens} tokens and are not asked")
     plan = Sampling(
@@ -181,7 +205,7 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     missing = set(out.shards(len(shards)))
     started = time.monotonic()
     if missing:
-        options = EngineOptions(dtype=settings.dtype, max_model_len=settings.prompt_tokens + settings.response_tokens)
+        options = EngineOptions(dtype=settings.dtype, max_model_len=longest)
         engine = open_engine(settings.engine, inputs.policy.path, options)
         about = {**engine.describe(), **chat.metadata(), **_distribution(settings, inputs.policy)}
         started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ class Settings(StageSettings):
     temperature: float = Field(1.0, gt=0)
     """Of the sampling: log-probabilities are of the distribution that was sampled from."""
     micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens that fit into memory at once."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,9 +69,12 @@ def kept_rows(rollouts: Sequence[Artifact], labels: Sequence[Artifact]) -> Itera
         for artifact in rollouts:
             yield from artifact.parts()
         return
+    if len(rollouts) != len(labels):
+        raise ContractError(f"{len(rollouts)} rollouts but {len(labels)} labels", do="name both once per round")
+    key = ["prompt_id", "sample"]
     for artifact, label in zip(rollouts, labels, strict=True):
-        for part, marks in zip(artifact.parts(), label.parts(), strict=True):
-            if part.select(["prompt_id", "sample"]) != marks.select(["prompt_id", "sample"]):
+        for part, marks in zip_longest(artifact.parts(), label.parts()):
+            if part is None or marks is None or part.select(key) != marks.select(key):
                 raise ContractError("the labels are of other rollouts", f"{label.path} and {artifact.path}")
             yield part.filter(marks["keep"])
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from pipeline.algorithms.losses import nll
@@ -33,18 +33,31 @@ class Settings(StageSettings):
     new: ModelSpec | None = None
     """Shape and tokenizer of the model to create; used when no `--policy` is given."""
     epochs: int = Field(1, ge=1)
+    """Passes over the demonstrations."""
     batch: int = Field(64, ge=1)
     """Demonstrations per optimizer step."""
     learning_rate: float = Field(1e-5, gt=0)
+    """Peak of the schedule."""
     warmup_share: float = Field(0.03, ge=0, le=1)
+    """Share of the steps over which the rate rises linearly."""
     final_share: float = Field(0.1, ge=0, le=1)
     """Cosine decay ends at this share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, of all matrices."""
     gradient_clip: float = Field(1.0, gt=0)
+    """Longest gradient; a longer one is scaled down to it."""
     tokens: int = Field(1024, ge=1)
     """Longer demonstrations are left out and counted, never cut."""
     micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens that fit into memory at once."""
     seed: int = 0
+    """Of the run: a new model's weights and the order of the rows follow from it."""
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> Self:
+        if self.new is not None and self.new.max_position < self.tokens:
+            raise ValueError(f"new.max_position = {self.new.max_position} is less than tokens = {self.tokens}")
+        return self
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +131,8 @@ def tokenized(conversations: list[Any], chat: Chat, limit: int) -> tuple[Imitati
 def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Imitate demonstrations; create the model first where none is given."""
     conversations = inputs.demonstrations.table(["messages"])["messages"].to_pylist()
-    model, tokenizer = _model(inputs, settings, conversations, out)
-    objective, too_long = tokenized(conversations, Chat(out.path), settings.tokens)
+    model, chat = _model(inputs, settings, conversations, out)
+    objective, too_long = tokenized(conversations, chat, settings.tokens)
     out.stats["rejected"] = too_long
     out.metrics.add("rows/rejected", too_long, "rows")
     if not objective.targets:
@@ -136,26 +149,25 @@ def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     schedule = cosine(round(settings.warmup_share * total), total, settings.final_share)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics)
-    checkpoint.save(model, tokenizer, out.path)
+    checkpoint.save(model, chat.tokenizer, out.path)
 
 
-def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Outbox) -> tuple[nn.Module, Any]:
-    """The model to train with its tokenizer, which is written to `out` so that it can be used from there."""
+def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Outbox) -> tuple[nn.Module, Chat]:
+    """The model to train and its way to talk; a new tokenizer is written to `out` to be read there."""
     if inputs.policy is not None:
-        model, tokenizer = (
-            checkpoint.load_policy(inputs.policy.path, "float32").to(device()),
-            checkpoint.load_tokenizer(inputs.policy.path),
-        )
+        place = inputs.policy.path
+        checkpoint.inspect(place)
+        model = checkpoint.load_policy(place, "float32")
     elif settings.new is not None:
+        place = out.path
         texts = (turn["content"] for messages in conversations for turn in messages)
         model, tokenizer = create(settings.new, texts, derive(settings.seed, "new model"))
-        model.to(device())
+        tokenizer.save_pretrained(place)
     else:
         raise ExperimentError(
             "no model to train", do="name one with --policy PATH, or describe it with --set new={...}"
         )
-    tokenizer.save_pretrained(out.path)
-    return model, tokenizer
+    return model.to(device()), Chat(place)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pipeline.models.device import device
 from pipeline.models.forward import response_logprobs
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
+from pipeline.text import Chat
 from pipeline.training.batches import Rows
 from pipeline.training.loop import Losses, Plan, fit
 from pipeline.training.optimizer import adamw, constant, load_state, save_state
@@ -39,12 +40,17 @@ class Settings(StageSettings):
     temperature: float = Field(1.0, gt=0)
     """Of the sampling: log-probabilities are of the distribution that was sampled from."""
     learning_rate: float = Field(gt=0)
+    """After the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up over the whole run; constant after that."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, of all matrices."""
     gradient_clip: float = Field(1.0, gt=0)
+    """Longest gradient; a longer one is scaled down to it."""
     micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens that fit into memory at once."""
     seed: int = 0
+    """Of the run: the order of the rows follows from it."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +187,7 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
             "raise scale.groups, or lower update.minibatches in recipe_changes",
         )
     checkpoint.inspect(inputs.policy.path)
-    model, tokenizer = (
-        checkpoint.load_policy(inputs.policy.path, "float32").to(device()),
-        checkpoint.load_tokenizer(inputs.policy.path),
-    )
+    model = checkpoint.load_policy(inputs.policy.path, "float32").to(device())
     terms = [Term.of(line) for line in settings.loss]
     objective = Improvement(table, terms, WEIGHTS[settings.update.weights], settings.temperature)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
@@ -196,7 +199,7 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     )  # fmt: skip
     steps = fit(model, objective, optimizer, constant(settings.warmup_steps), plan, out.metrics)
     out.stats["steps"] = steps
-    checkpoint.save(model, tokenizer, out.path)
+    checkpoint.save(model, Chat(inputs.policy.path).tokenizer, out.path)
     save_state(optimizer, steps, out.path)
 
 

@@ -79,7 +79,10 @@ def bind(recipe: Recipe) -> Bound:
         losses=tuple(LossTerm(LOSSES.take(line, where), line.coef, line.on) for line in recipe.loss),
         weights=WEIGHTS[recipe.update.weights],
     )
-    if reasons := [reason for piece in bound.pieces for reason in _misfits(piece, recipe)]:
+    reasons = [reason for piece in bound.pieces for reason in _misfits(piece, recipe)]
+    if recipe.rollout.greedy and not any("greedy" in piece.needs for piece in bound.pieces):
+        reasons.append("rollout.greedy: no piece reads the greedy response, and it must not train like a sampled one")
+    if reasons:
         raise RecipeError("\n".join(reasons), where, "change the recipe, or its [recipe_changes] in the experiment")
     return bound
 

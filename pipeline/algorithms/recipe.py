@@ -66,6 +66,7 @@ class Recipe(Settings):
     reference: str = ""
     """The implementation that is followed where the paper leaves something open."""
     rollout: Rollout
+    """How responses are sampled."""
     label: Line
     """How a response gets its reward."""
     filter: tuple[Line, ...] = ()
@@ -79,6 +80,7 @@ class Recipe(Settings):
     loss: tuple[LossLine, ...] = Field(min_length=1)
     """The terms of the loss, summed."""
     update: Update
+    """How the losses become optimizer steps."""
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

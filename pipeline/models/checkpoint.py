@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -103,14 +103,6 @@ def load_policy(path: Path, dtype: Dtype) -> PreTrainedModel:
         raise ArtifactError(f"the policy has no tensor for {sorted(loading['missing_keys'])}", where=str(path))
     policy: PreTrainedModel = model
     return policy
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer beside a checkpoint. Raises `ArtifactError` when there is none that can be read."""
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"cannot load the tokenizer: {error}", where=str(path)) from error
 
 
 def save(model: Any, tokenizer: Any, path: Path) -> None:

@@ -20,7 +20,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "answer", "ground_truth", "reference", "target", "label", "solution",
         "reward_model.ground_truth", "reward_spec.ground_truth",
     ),
-    "response": ("response", "responses", "completion", "completions", "output", "outputs", "generation", "generations"),
+    "response": (
+        "response", "responses", "completion", "completions", "output", "outputs", "generation", "generations",
+    ),
     "text": ("text", "content", "document"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
@@ -72,8 +74,8 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 def _decoded(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(line.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where, "correct or remove this line") from error
 
 
@@ -93,12 +95,12 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[RawRow]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream, restkey="")
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
         try:
             for row in reader:
                 where = f"{path}:{reader.line_num}"
-                if "" in row or None in row.values():
+                if None in row or None in row.values():
                     raise InputError(f"expected {len(reader.fieldnames or [])} fields", where, "correct this line")
                 yield RawRow(row, where)
         except (csv.Error, UnicodeDecodeError) as error:
@@ -116,12 +118,15 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 def _hf_dataset(path: Path, split: str) -> Iterator[RawRow]:
     folder = path / split if (path / "dataset_dict.json").is_file() else path
-    files = sorted(folder.glob("*.arrow"))
+    files = sorted(file for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
     if not files:
         raise InputError("no .arrow files of a saved HF dataset", str(folder), "use save_to_disk, or name the files")
     for file in files:
-        with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
-            yield from _numbered(file, (batch.to_pylist() for batch in stream))
+        try:
+            with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+                yield from _numbered(file, (batch.to_pylist() for batch in stream))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"not an Arrow file: {error}", str(file), "save the dataset again") from error
 
 
 def _numbered(path: Path, batches: Iterator[list[dict[str, Any]]]) -> Iterator[RawRow]:
@@ -150,12 +155,12 @@ def find_columns(row: Mapping[str, Any], wanted: Sequence[str], given: Mapping[s
 
 def _has(row: Mapping[str, Any], name: str) -> bool:
     table, _, nested = name.partition(".")
-    return table in row and (not nested or (isinstance(row[table], dict) and nested in row[table]))
+    return name in row or (isinstance(row.get(table), dict) and _has(row[table], nested))
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
-    """`row[name]`, where `a.b` means the field b of a; None where it is not there."""
-    if not _has(row, name):
-        return None
+    """`row[name]`, where `a.b` means the field b of a unless a column has that name; None where it is not there."""
+    if name in row or not _has(row, name):
+        return row.get(name)
     table, _, nested = name.partition(".")
-    return row[table][nested] if nested else row[table]
+    return value(row[table], nested)

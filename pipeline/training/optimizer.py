@@ -1,6 +1,7 @@
 """AdamW, learning-rate schedules, and the state that a checkpoint carries in its `trainer/` folder."""
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from pipeline.errors import ArtifactError
 TRAINER = "trainer"
 _STATE = "state.pt"
 
+BETAS = (0.9, 0.95)
+"""InstructGPT's (arXiv:2203.02155, appendix C); the other papers name none."""
+
 Schedule = Callable[[int], float]
 """Optimizer step (from 0) -> share of the peak learning rate."""
 
@@ -22,7 +26,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
     decaying = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
 
 
 def constant(warmup: int) -> Schedule:
@@ -61,10 +65,18 @@ def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        _check_shapes(optimizer)
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ArtifactError(
             f"unusable optimizer state: {error}", str(path), "delete the artifact and re-run"
         ) from error
     for group, settings in zip(optimizer.param_groups, wanted, strict=True):
         group.update(settings)
     return int(state["step"])
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {list(value.shape)} for a parameter of {list(parameter.shape)}")

@@ -100,10 +100,12 @@ class Desk:
         return told.getvalue()
 
     def rlhf(self, *words: str, code: int = 0, server: str | None = None) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        if server is not None:
+            environment |= {"PREFECT_API_URL": server}
         done = subprocess.run(
             [sys.executable, "-m", "flows.cli", *words],
-            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | ({"PREFECT_API_URL": server} if server else {}),
-            capture_output=True, text=True, timeout=300, check=False,
+            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == code, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
 from flows import tables
 from flows.cli import app
-from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import ArtifactError
-from pipeline.models.checkpoint import inspect, load_policy, load_tokenizer, save
+from pipeline.models.checkpoint import inspect, load_policy, save
 from pipeline.models.fresh import ModelSpec, create
 
 
@@ -46,7 +46,7 @@ def test_what_is_saved_is_loaded(texts, tmp_path, tied, capfd):
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert not loaded.training
-    again = load_tokenizer(tmp_path / "a" / "b")
+    again = AutoTokenizer.from_pretrained(tmp_path / "a" / "b")
     messages = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[2]}]
     assert again.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
     assert capfd.readouterr() == ("", "")
@@ -60,14 +60,14 @@ def test_plain_transformers_loads_it_with_nothing_missing(policy, checkpoint):
 
 
 def test_saving_twice_writes_the_same_bytes(policy, checkpoint, tmp_path):
-    save(load_policy(checkpoint, "float32"), load_tokenizer(checkpoint), tmp_path / "again")
+    save(load_policy(checkpoint, "float32"), AutoTokenizer.from_pretrained(checkpoint), tmp_path / "again")
     for file in checkpoint.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_no_path_of_this_machine_is_saved(checkpoint, tmp_path):
     again = tmp_path / "again"
-    save(load_policy(checkpoint, "float32"), load_tokenizer(checkpoint), again)
+    save(load_policy(checkpoint, "float32"), AutoTokenizer.from_pretrained(checkpoint), again)
     for file in again.glob("*.json"):
         assert str(tmp_path) not in file.read_text(), file.name
 
@@ -202,5 +202,3 @@ def test_another_vocabulary_is_named(checkpoint):
 def test_loading_what_is_not_there_is_an_artifact_error(tmp_path):
     with pytest.raises(ArtifactError, match="cannot load the policy"):
         load_policy(tmp_path, "float32")
-    with pytest.raises(ArtifactError, match="cannot load the tokenizer"):
-        load_tokenizer(tmp_path)

@@ -1,0 +1,197 @@
+"""The loop: steps, accumulation that does not matter, and losses that are not numbers."""
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.errors import NumericsError
+from pipeline.metrics import Metrics
+from pipeline.training.loop import Losses, Plan, fit
+from pipeline.training.optimizer import constant, cosine
+
+
+@dataclass
+class Regression:
+    """Mean squared error over the tokens of a step: rows of unequal length, one target per token."""
+
+    rows: list
+    seen: list = field(default_factory=list)
+
+    @classmethod
+    def of(cls, lengths, seed=0):
+        random = np.random.default_rng(seed)
+        return cls([(random.normal(size=(n, 3)), random.normal(size=n)) for n in lengths])
+
+    @property
+    def lengths(self):
+        return np.array([len(y) for _, y in self.rows])
+
+    def step(self, rows):
+        self.seen.append(sorted(rows.tolist()))
+        return 1.0 / self.lengths[rows].sum()
+
+    def losses(self, model, rows, step):
+        x = torch.tensor(np.concatenate([self.rows[row][0] for row in rows]))
+        y = torch.tensor(np.concatenate([self.rows[row][1] for row in rows]))
+        total = ((model(x)[:, 0] - y).square() * step).sum()
+        return Losses(total, {"rows": float(len(rows)), "error/squared": float(total.detach())})
+
+    def names(self, rows):
+        return [f"row-{row}" for row in rows]
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+AT_ONCE = constant(0)
+
+
+def plan(**changes):
+    settings = {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 1000, "gradient_clip": 1e9, "seed": 0}
+    return Plan(**{**settings, **changes})
+
+
+def trained(objective, schedule=AT_ONCE, learning_rate=0.1, model=None, **changes):
+    model = network() if model is None else model
+    metrics = Metrics("run", 0, "fit")
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    steps = fit(model, objective, optimizer, schedule, plan(**changes), metrics)
+    return model, metrics, steps
+
+
+def numbers(metrics, name):
+    return [row["value"] for row in metrics.rows if row["name"] == name]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60), st.integers(1, 4))
+def test_loss_and_gradient_do_not_depend_on_the_micro_batches(lengths, budget, minibatches):
+    objective = Regression.of(lengths)
+    whole, split = (
+        trained(objective, minibatches=minibatches, epochs=2, micro_batch_tokens=tokens) for tokens in (10**6, budget)
+    )
+    for a, b in zip(whole[0].parameters(), split[0].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    for name in ("loss/total", "grad/norm", "rows", "error/squared"):
+        assert np.allclose(numbers(whole[1], name), numbers(split[1], name), rtol=0, atol=1e-6)
+
+
+def test_a_step_is_the_gradient_of_the_mean_over_its_tokens():
+    objective = Regression.of([2, 5, 3])
+    expected = network()
+    x, y = (torch.tensor(np.concatenate([row[i] for row in objective.rows])) for i in (0, 1))
+    loss = (expected(x)[:, 0] - y).square().mean()
+    loss.backward()
+    model, metrics, _ = trained(objective, learning_rate=0.1, micro_batch_tokens=1)
+    for before, after in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(before.detach() - 0.1 * before.grad, after, rtol=0, atol=1e-12)
+    assert numbers(metrics, "loss/total") == [pytest.approx(float(loss.detach()))]
+    assert numbers(metrics, "rows") == [3.0]
+
+
+def test_a_step_forgets_the_gradient_of_the_one_before():
+    objective, expected = Regression.of([2, 5, 3]), network()
+    x, y = (torch.tensor(np.concatenate([row[i] for row in objective.rows])) for i in (0, 1))
+    for _ in range(3):
+        gradients = torch.autograd.grad((expected(x)[:, 0] - y).square().mean(), list(expected.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
+                parameter.sub_(0.1 * gradient)
+    model, _, _ = trained(objective, learning_rate=0.1, epochs=3, micro_batch_tokens=5)
+    for one, other in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_every_epoch_deals_all_rows_over_its_steps():
+    objective = Regression.of([1] * 7)
+    _, metrics, steps = trained(objective, epochs=3, minibatches=2)
+    assert steps == len(objective.seen) == 6
+    for epoch in range(3):
+        first, second = objective.seen[2 * epoch : 2 * epoch + 2]
+        assert sorted(first + second) == list(range(7)) and {len(first), len(second)} == {3, 4}
+    assert len({tuple(rows) for rows in objective.seen}) > 2
+    assert [row["step"] for row in metrics.rows if row["name"] == "loss/total"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_earlier_steps_count_and_the_schedule_goes_on_from_there():
+    schedule = cosine(2, 10, 0.1)
+    _, metrics, steps = trained(Regression.of([1] * 4), schedule, minibatches=2, first_step=5)
+    assert steps == 7
+    assert numbers(metrics, "learning_rate") == [0.1 * schedule(5), 0.1 * schedule(6)]
+    assert [row["step"] for row in metrics.rows if row["name"] == "learning_rate"] == [6, 7]
+
+
+def test_the_peak_learning_rate_is_back_afterwards_and_the_model_evaluates():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    fit(model, Regression.of([1, 2]), optimizer, constant(9), plan(), Metrics("run", 0, "fit"))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert not model.training
+
+
+def test_the_gradient_is_clipped_as_a_whole_and_its_norm_logged_before():
+    free, metrics, _ = trained(Regression.of([3, 4]))
+    clipped, same, _ = trained(Regression.of([3, 4]), gradient_clip=0.01)
+    start = network()
+    norm = numbers(metrics, "grad/norm")[0]
+    assert numbers(same, "grad/norm") == [norm] and norm > 0.01
+    for before, long, short in zip(start.parameters(), free.parameters(), clipped.parameters(), strict=True):
+        assert torch.allclose(short - before, (long - before) * 0.01 / norm, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("budget", [1, 1000])
+def test_a_loss_that_is_not_finite_names_its_rows_and_no_step_is_taken(value, budget):
+    objective = Regression.of([2, 3, 1, 4])
+    objective.rows[1][1][2] = value
+    objective.rows[3][1][0] = value
+    model = network()
+    with pytest.raises(NumericsError, match="not finite") as caught:
+        trained(objective, model=model, micro_batch_tokens=budget)
+    assert sorted(caught.value.where.removeprefix("rows ").split(", ")) == ["row-1", "row-3"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_at_most_ten_rows_are_named():
+    objective = Regression.of([1] * 30)
+    for _, y in objective.rows:
+        y[:] = np.nan
+    with pytest.raises(NumericsError) as caught:
+        trained(objective)
+    assert caught.value.where.count("row-") == 10
+
+
+@dataclass
+class Overflowing(Regression):
+    """Each row's loss is finite; the gradient of any is not."""
+
+    def losses(self, model, rows, step):
+        return Losses(sum(p.abs().sum().sub(p.abs().sum().detach()).sqrt() for p in model.parameters()) * step, {})
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_though_no_row_is_to_blame():
+    model = network()
+    with pytest.raises(NumericsError, match="none alone"):
+        trained(Overflowing.of([1, 2]), model=model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_the_same_plan_gives_the_same_model_and_another_seed_another():
+    runs = [trained(Regression.of([2] * 6), minibatches=3, seed=seed)[0].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_units_and_speed_are_logged():
+    _, metrics, _ = trained(Regression.of([2, 2]))
+    units = {row["name"]: row["unit"] for row in metrics.rows}
+    assert units["speed/tokens_per_second"] == "tokens/s"
+    assert metrics.last()["speed/tokens_per_second"] > 0
+    assert copy.deepcopy(metrics.table()).num_rows == len(metrics.rows)

@@ -1,0 +1,245 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.algorithms.recipe import Recipe
+from pipeline.contracts import LABELS, ROLLOUTS, SCORES
+from pipeline.errors import ContractError, ExperimentError
+from stages.advantage import Settings, advantage, columns_of, cuts, joined
+
+
+def settings(recipe, **changes):
+    """The settings of a recipe, with changes to it."""
+    chosen = Recipe.load(recipe).changed(changes)
+    return Settings.of(
+        None, {"shape": chosen.shape, "advantage": chosen.advantage, "normalize": chosen.normalize}
+    )  # fmt: skip
+
+
+GRPO = settings("grpo")
+DAPO = settings("dapo", shape=[{"kind": "overlong_penalty", "limit": 6, "buffer": 4}])
+
+
+def row(name, sample, reward, length=1, keep=True):
+    """A response with its label and its scores."""
+    return {"name": name, "sample": sample, "reward": reward, "length": length, "keep": keep}
+
+
+@pytest.fixture
+def written(by_hand):
+    """Rollouts, labels and scores of parts of rows; scores of the kept ones only."""
+
+    def write(*parts, scored=True):
+        rollouts = [
+            [
+                {
+                    "prompt_id": r["name"], "sample": r["sample"], "prompt_tokens": [1],
+                    "response_tokens": list(range(2, 2 + r["length"])), "response": "", "sampler_logprobs": None,
+                    "finish": "stop", "seed": 0,
+                }
+                for r in part
+            ]
+            for part in parts
+        ]  # fmt: skip
+        labels = [
+            [
+                {
+                    "prompt_id": r["name"], "sample": r["sample"], "reward": r["reward"], "correct": r["reward"] > 0,
+                    "extracted": None, "target": None, "verdict": None, "vote_share": None, "keep": r["keep"],
+                    "dropped": None if r["keep"] else "by hand",
+                }
+                for r in part
+            ]
+            for part in parts
+        ]  # fmt: skip
+        rows = [
+            {
+                "prompt_id": r["name"], "sample": r["sample"], "old_logprobs": [-float(r["sample"] + 2)] * r["length"],
+                "ref_logprobs": [-float(r["sample"] + 3)] * r["length"],
+            }
+            for part in parts for r in part if r["keep"]
+        ]  # fmt: skip
+        return by_hand(ROLLOUTS, *rollouts), by_hand(LABELS, *labels), by_hand(SCORES, rows) if scored else None
+
+    return write
+
+
+def run(out, chosen, *rounds, scores):
+    return advantage.run(
+        out, chosen, rollouts=[r.path for r, *_ in rounds], labels=[made[1].path for made in rounds],
+        scores=None if scores is None else scores.path,
+    )  # fmt: skip
+
+
+def per_response(artifact, name="advantages"):
+    """The value of each response, the same on all its tokens."""
+    values = artifact.table()[name].to_pylist()
+    assert all(len(set(tokens)) == 1 for tokens in values)
+    return [tokens[0] for tokens in values]
+
+
+def test_grpo_by_hand(written, tmp_path, sound):
+    made = written([row("a", 0, 1.0, 3), row("a", 1, 0.0), row("a", 2, 0.0, 2), row("b", 0, 1.0), row("b", 1, 1.0)])
+    table = run(tmp_path / "out", GRPO, made, scores=made[2])
+    sound(table)
+    std = math.sqrt(1 / 3)  # of 1, 0, 0 with n - 1
+    expected = [2 / 3 / std, -1 / 3 / std, -1 / 3 / std, 0, 0]
+    assert per_response(table) == pytest.approx(expected, rel=1e-5)
+    rows = table.table().to_pylist()
+    assert [len(r["advantages"]) for r in rows] == [3, 1, 2, 1, 1]
+    assert [r["reward"] for r in rows] == [r["shaped_reward"] for r in rows] == [1, 0, 0, 1, 1]
+    assert [r["correct"] for r in rows] == [True, False, False, True, True]
+    assert [r["returns"] for r in rows] == [None] * 5
+    assert rows[2]["response_tokens"] == [2, 3]
+    assert (rows[2]["old_logprobs"], rows[2]["ref_logprobs"]) == ([-4.0, -4.0], [-5.0, -5.0])
+
+
+def test_dapo_by_hand_over_two_rounds(written, tmp_path):
+    """Of a limit of 6 with a buffer of 4: 2 tokens cost nothing, 3 a quarter, 4 a half, 6 and more 1."""
+    one = [row("a", 0, 1.0, 2), row("a", 1, 1.0, 4), row("a", 2, -1.0, 8)]
+    two = [row("c", 0, 1.0, 6), row("c", 1, -1.0, 3)]
+    first, second = written([*one, row("b", 0, 1.0, keep=False)]), written(two)
+    scores = written(two, one)[2]
+    table = run(tmp_path / "out", DAPO, first, second, scores=scores)
+    rows = table.table().to_pylist()
+    assert [(r["prompt_id"], r["sample"]) for r in rows] == [("a", 0), ("a", 1), ("a", 2), ("c", 0), ("c", 1)]
+    assert [r["reward"] for r in rows] == [1, 1, -1, 1, -1]
+    shaped = [1.0, 0.5, -2.0, 0.0, -1.25]
+    assert [r["shaped_reward"] for r in rows] == pytest.approx(shaped)
+    a, c = np.array(shaped[:3]), np.array(shaped[3:])
+    expected = [*(a - a.mean()) / a.std(ddof=1), *(c - c.mean()) / c.std(ddof=1)]
+    assert per_response(table) == pytest.approx(expected, rel=1e-5)
+    other = run(tmp_path / "other", DAPO, second, first, scores=scores).table().to_pylist()
+    assert [(r["prompt_id"], r["advantages"]) for r in other] == [
+        (r["prompt_id"], r["advantages"]) for r in (*rows[3:], *rows[:3])
+    ]
+
+
+def test_the_numbers(written, tmp_path, numbers):
+    made = written([row("a", 0, 1.0, 4), row("a", 1, -1.0, 2), row("b", 0, 1.0), row("b", 1, 1.0)])
+    table = run(tmp_path / "out", DAPO, made, scores=made[2])
+    measured = numbers(table)
+    assert table.stats["groups"] == 2
+    assert measured["reward/kept_mean", 0] == 0.5
+    assert measured["reward/shaped_mean", 0] == pytest.approx((0.5 - 1 + 1 + 1) / 4)
+    high = 0.75 / math.sqrt(2 * 0.75**2)
+    tokens = np.array([high] * 4 + [-high] * 2 + [0, 0])
+    assert measured["advantage/mean", 0] == pytest.approx(tokens.mean(), rel=1e-5)
+    assert measured["advantage/std", 0] == pytest.approx(tokens.std(), rel=1e-5)
+    assert measured["advantage/zero_tokens", 0] == 0.25
+
+
+ROWS = [row(name, s, float((s + ord(name)) % 3 == 0), 1 + (s * ord(name)) % 5) for name in "dacb" for s in range(3)]
+
+
+def test_neither_parts_nor_the_order_of_scores_change_anything(written, tmp_path):
+    parts = [[r for r in ROWS if r["name"] == name] for name in "dacb"]
+    whole, cut = written(ROWS), written(*parts)
+    backwards = written(*reversed(parts))[2]
+    chosen = settings("dapo", normalize={"kind": "whiten"})  # its statistics are of the whole batch
+    tables = [
+        run(tmp_path / str(n), chosen, made, scores=scores).table().to_pylist()
+        for n, (made, scores) in enumerate([(whole, whole[2]), (cut, cut[2]), (cut, backwards), (whole, backwards)])
+    ]
+    assert all(table == tables[0] for table in tables)
+    assert [r["prompt_id"] for r in tables[0]] == [r["name"] for r in ROWS]
+
+
+def test_groups_stay_whole_when_the_table_is_cut():
+    assert cuts(np.array([4, 4, 4, 1, 1, 0, 0, 0, 0]), 4) == [(0, 5), (5, 9)]
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=20), rows=st.integers(1, 30))
+def test_cuts_cover_all_rows_and_split_no_group(sizes, rows):
+    group = np.repeat(np.random.default_rng(len(sizes)).permutation(len(sizes)), sizes)
+    ranges = cuts(group, rows)
+    assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
+    assert ranges[-1][1] == len(group)
+    pieces = [set(group[start:end].tolist()) for start, end in ranges]
+    assert sum(map(len, pieces)) == len(sizes)
+    assert all(end - start < rows + max(sizes) for start, end in ranges)
+
+
+def test_the_same_twice(written, tmp_path):
+    made = written(ROWS)
+    one, two = (run(tmp_path / name, GRPO, made, scores=made[2]) for name in ("one", "two"))
+    assert one.manifest.digest == two.manifest.digest
+
+
+def test_kept_rows_without_scores(written, tmp_path):
+    made = written(ROWS)
+    fewer = written([r for r in ROWS if (r["name"], r["sample"]) not in {("a", 1), ("b", 0)}])[2]
+    with pytest.raises(ContractError, match=r"2 kept rows have no scores; first: \[\('a', 1\), \('b', 0\)\]"):
+        run(tmp_path / "out", GRPO, made, scores=fewer)
+
+
+def test_dropped_rows_need_no_scores_and_scores_of_them_are_not_used(written, tmp_path):
+    some = [{**r, "keep": r["name"] != "c"} for r in ROWS]
+    made, all_scores = written(some), written(ROWS)[2]
+    tables = [
+        run(tmp_path / str(n), GRPO, made, scores=scores).table().to_pylist()
+        for n, scores in enumerate([made[2], all_scores])
+    ]
+    assert tables[0] == tables[1]
+    assert [r["prompt_id"] for r in tables[0]] == [*"ddd", *"aaa", *"bbb"]
+
+
+def test_without_scores_where_the_recipe_reads_with_no_model(written, tmp_path, sound):
+    made = written(ROWS, scored=False)
+    table = run(tmp_path / "out", GRPO, made, scores=None)
+    sound(table)
+    assert not {"old_logprobs", "ref_logprobs", "values"} & set(table.table().column_names)
+
+
+def test_a_shape_that_needs_scores_and_gets_none(written, tmp_path):
+    made = written(ROWS, scored=False)
+    chosen = settings("grpo", shape=[{"kind": "kl_penalty", "coef": 0.1}])
+    with pytest.raises(ExperimentError, match="needs the column old_logprobs, ref_logprobs"):
+        run(tmp_path / "out", chosen, made, scores=None)
+
+
+def test_the_divergence_comes_off_every_token(written, tmp_path):
+    """log pi_old - log pi_ref is 1 on every token by hand, so a response of n tokens loses n times the coefficient."""
+    made = written([row("a", 0, 1.0, 3), row("a", 1, 0.0, 2)])
+    chosen = settings("grpo", shape=[{"kind": "kl_penalty", "coef": 0.1}], normalize=False)
+    table = run(tmp_path / "out", chosen, made, scores=made[2])
+    assert table.table()["shaped_reward"].to_pylist() == pytest.approx([0.7, -0.2])
+    assert per_response(table) == pytest.approx([0.45, -0.45])
+
+
+def test_no_kept_rows(written, tmp_path):
+    made = written([{**r, "keep": False} for r in ROWS], scored=False)
+    with pytest.raises(ContractError, match="no rows are kept"):
+        run(tmp_path / "out", GRPO, made, scores=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_other_rollouts(written, tmp_path):
+    made, other = written(ROWS), written([{**r, "sample": r["sample"] + 1} for r in ROWS])
+    with pytest.raises(ContractError, match="labels are of other rollouts"):
+        run(tmp_path / "out", GRPO, (made[0], other[1]), scores=made[2])
+    with pytest.raises(ContractError, match="1 rollouts but 2 labels"):
+        joined([made[0]], [made[1], made[1]], None)
+
+
+def test_greedy_rows_are_offered_as_such_and_keep_their_key(written, tmp_path):
+    made = written([row("a", -1, 0.0, 2), row("a", 0, 1.0), row("b", -1, 1.0), row("b", 0, 0.0, 3)])
+    columns = columns_of(joined([made[0]], [made[1]], None))
+    assert columns["greedy"].tolist() == [True, False, True, False]
+    assert columns["group"].tolist() == [0, 0, 1, 1]
+    np.testing.assert_array_equal(columns["rewards"], [[0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
+    assert run(tmp_path / "out", GRPO, made, scores=made[2]).table()["sample"].to_pylist() == [-1, 0, -1, 0]
+
+
+def test_the_real_iteration(advantages, labels, sound):
+    sound(advantages)
+    kept = labels.table().filter(labels.table()["keep"])
+    assert advantages.table(["prompt_id", "sample"]).equals(kept.select(["prompt_id", "sample"]))
+    for name in set(kept["prompt_id"].to_pylist()):
+        group = advantages.table().filter(np.array(advantages.table()["prompt_id"].to_pylist()) == name)
+        credit = [tokens[0] for tokens in group["advantages"].to_pylist()]
+        assert sum(credit) == pytest.approx(0, abs=1e-5)
+        assert [a > 0 for a in credit] == group["correct"].to_pylist()
