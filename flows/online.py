@@ -8,7 +8,6 @@ from flows.evaluate import evaluate
 from flows.foundations import Foundations
 from flows.run import Run
 from pipeline.artifacts import Artifact
-from pipeline.metrics import console
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.label import Settings as LabelSettings
@@ -67,12 +66,9 @@ def online(run: Run, base: Foundations) -> Artifact:
         made, now = iterate(run, base, now, number)
         spent = time.monotonic() - began
         left = (time.monotonic() - started) / (number + 1) * (total - number - 1)
-        if spent > 1.0:  # an iteration that was already there takes no time and needs no line
-            console.line(_line(number, total, made, run.experiment.scale.groups, spent, left))
-            if made.kept < run.experiment.scale.groups:
-                console.line(
-                    f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0)
-                )
+        run.say(_line(number, total, made, run.experiment.scale.groups, spent, left))
+        if made.kept < run.experiment.scale.groups:
+            run.say(f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0))
         every = run.experiment.evaluation.every
         if base.held_out is not None and every and (number + 1) % every == 0 and number + 1 < total:
             evaluate(run, now.policy, base.held_out, number + 1)

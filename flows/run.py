@@ -1,6 +1,6 @@
 """A run: where its artifacts lie, and how a stage is performed. All state is read back from manifests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +50,8 @@ class Run:
     experiment: Experiment
     root: Path
     perform: Perform
+    say: Callable[[str], None] = lambda line: None
+    """Told how the loop goes, a line per iteration; nobody is, unless somebody asks."""
 
     @property
     def folder(self) -> Path:

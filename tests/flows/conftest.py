@@ -130,7 +130,9 @@ def server(prefect_home) -> Iterator[str]:
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (prefect_home / "server.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        # A home of its own: the temporary servers of other runs would write into the same database.
+        own = os.environ | {"PREFECT_HOME": str(prefect_home / "server")}
+        process = subprocess.Popen(words, env=own, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}/api"
     try:
         _wait_for(f"{url}/health", process)
