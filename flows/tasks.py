@@ -29,10 +29,9 @@ def as_task(
         _link(artifact, run.experiment.name, name)
         return artifact
 
-    # Prefect's result cache has another idea of sameness (inputs + source + run id), so it stays off.
-    decorate = task(
-        name=stage.name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, tags=[stage.hardware]
-    )
+    # Prefect's result cache has another idea of sameness (inputs + source + run id), so it stays off. No tags: Prefect
+    # asks its server for a concurrency slot for each, which cost two seconds at every sixth task.
+    decorate = task(name=stage.name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     return decorate(perform)()
 
 

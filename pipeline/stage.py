@@ -98,7 +98,7 @@ class Stage:
     writes: tuple[Contract, ...]
     version: int
     hardware: str
-    """`cpu`, or `gpu` where one helps: a concurrency tag for the orchestrator."""
+    """`cpu`, or `gpu` where one helps."""
     settings_type: type[StageSettings]
     inputs_type: type[Any]
     inputs: tuple[InputSpec, ...]

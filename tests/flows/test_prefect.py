@@ -39,7 +39,6 @@ def test_a_run_is_a_flow_with_each_stage_a_task(finished, server):
     assert {"prompts", "sft", "eval/0000/rollouts", "0000/rollouts-0", "0001/policy", "eval/0002/labels"} <= set(tasks)
     assert all(task["state"]["type"] == "COMPLETED" for task in tasks.values())
     assert tasks["0000/rollouts-0"]["total_run_time"] > 0
-    assert "gpu" in tasks["0000/rollouts-0"]["tags"] and "cpu" in tasks["0000/labels-0"]["tags"]
 
 
 def test_each_task_links_to_its_artifact(finished, server):
