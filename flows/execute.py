@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, runtime
 
 from flows.evaluate import evaluate
 from flows.foundations import foundations
@@ -70,7 +70,13 @@ def find_experiment(name_or_path: str) -> Path:
     return named
 
 
-@flow(name="run")
+def _flow_run_name() -> str:
+    """Prefect shows a run under the name of its directory."""
+    given = runtime.flow_run.parameters
+    return str(given["name"] or Path(given["experiment"]).stem)
+
+
+@flow(name="run", flow_run_name=_flow_run_name)
 def run_experiment(
     experiment: str,
     recipe: str | None = None,

@@ -32,8 +32,8 @@ def recorded_tasks(server: str, count: int) -> dict[str, dict]:
 def test_a_run_is_a_flow_with_each_stage_a_task(finished, server):
     desk, _ = finished
     runs = ask(server, "flow_runs")
-    assert [(run["state"]["type"], run["parameters"]["experiment"]) for run in runs] == [
-        ("COMPLETED", str(desk.experiment))
+    assert [(run["name"], run["state"]["type"], run["parameters"]["experiment"]) for run in runs] == [
+        ("small", "COMPLETED", str(desk.experiment))
     ]
     tasks = recorded_tasks(server, len(ask(server, "artifacts")))
     assert {"prompts", "sft", "eval/0000/rollouts", "0000/rollouts-0", "0001/policy", "eval/0002/labels"} <= set(tasks)
