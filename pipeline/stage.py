@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import ValidationError
@@ -401,6 +401,3 @@ def _settings_help(settings_type: type[StageSettings]) -> str:
         default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
         lines.append(f"  {name:<20} {info.description or ''} [{default}]")
     return "\n".join(lines)
-
-
-__all__ = ["FILES", "Annotated", "Artifact", "InputSpec", "Outbox", "Stage", "StageSettings", "stage"]

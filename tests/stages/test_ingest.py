@@ -13,8 +13,9 @@ from pipeline.errors import ArtifactError, ExperimentError, InputError
 from pipeline.experiment import Experiment
 from pipeline.models.checkpoint import save
 from pipeline.models.fresh import ModelSpec, create
+from pipeline.sources.rows import identity, reference
 from pipeline.text import Chat
-from stages.ingest import REJECTED, Settings, grouped, identity, ingest, parts, reference
+from stages.ingest import REJECTED, Settings, grouped, ingest, parts
 from stages.label import Settings as LabelSettings
 from stages.label import label
 

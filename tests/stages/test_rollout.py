@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.contracts import PROMPTS
 from pipeline.engines import Completion, Sampling
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError
+from pipeline.sources.rows import identity
 from pipeline.text import Chat
-from stages.ingest import identity
 from stages.rollout import Asked, occurrences, questions, rollout, sampled, short_enough, stream, tokenized
 
 SIZES = st.integers(1, 12)
