@@ -43,6 +43,10 @@ def look_up(
     return done
 
 
+def silent(line: str) -> None:
+    """Keep a line to yourself."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One experiment, executed in `root/NAME`; what recipes share lies in `root/BASE`."""
@@ -50,7 +54,7 @@ class Run:
     experiment: Experiment
     root: Path
     perform: Perform
-    say: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = silent
     """Told how the loop goes, a line per iteration; nobody is, unless somebody asks."""
 
     @property
