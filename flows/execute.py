@@ -86,6 +86,7 @@ def run_experiment(
 ) -> str:
     """Run an experiment to its end; run it again and it resumes. Returns the directory of the last policy."""
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
+    finished(resolved, Path(root))  # a place taken by another computation is told before anything is written
     run = Run(resolved, Path(root), as_task, console.line)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.file.write_text(resolved.dump(), encoding="utf-8")

@@ -47,6 +47,8 @@ class Console:
     """
 
     def __init__(self) -> None:
+        self.subject = ""
+        """What fleeting lines are about: the artifact in the making."""
         self._fleeting = False
         self._last = 0.0
 
@@ -58,6 +60,7 @@ class Console:
 
     def progress(self, text: str) -> None:
         """Show a line that the next one replaces."""
+        text = f"{self.subject} {text}".strip()
         terminal, now = sys.stderr.isatty(), time.monotonic()
         if now - self._last < (0.2 if terminal else 10.0):
             return

@@ -28,6 +28,7 @@ from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_o
 from pipeline.contracts import Contract
 from pipeline.errors import ArtifactError, ExperimentError, InputError, PipelineError
 from pipeline.experiment import Experiment
+from pipeline.metrics import console
 from pipeline.settings import Settings, explain, override
 
 FILES: Final = "files"
@@ -136,6 +137,7 @@ class Stage:
             out, self.contract(settings), self.name, self.version, fingerprint,
             settings.model_dump(mode="json"), _records(opened),
         )  # fmt: skip
+        console.subject = f"{out.parent.name}/{out.name}"
         try:
             self.function(self._inputs(opened), settings, outbox)
             return outbox.commit()

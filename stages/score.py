@@ -33,8 +33,8 @@ MODEL_OF: dict[str, str] = {"old_logprobs": "policy", "ref_logprobs": "reference
 class Settings(StageSettings):
     """Which columns, at which temperature."""
 
-    needs: tuple[Need, ...] = Field(min_length=1)
-    """Columns to write."""
+    needs: tuple[Need, ...]
+    """Columns to write. A recipe that needs none has nothing to score."""
     temperature: float = Field(1.0, gt=0)
     """Of the sampling: log-probabilities are of the distribution that was sampled from."""
     micro_batch_tokens: int = Field(16384, ge=1)
@@ -119,6 +119,8 @@ def mismatch(sampler: pa.ChunkedArray, trainer: pa.ListArray) -> dict[str, tuple
 @stage(writes=SCORES, version=1, hardware="gpu")
 def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Read the kept responses with the models that the recipe asks for."""
+    if not settings.needs:
+        raise InputError("the recipe asks no model to read responses", do="go on with `advantage`, without --scores")
     parts = [part for part in kept_rows(inputs.rollouts, inputs.labels or ()) if part.num_rows]
     if not parts:
         raise ContractError("no rows are kept: there is nothing to score", str(inputs.rollouts[0].path))

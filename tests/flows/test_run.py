@@ -1,5 +1,6 @@
 """A run from one command: what it leaves, what it says, and that it does nothing twice."""
 
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.artifacts import METRICS_FILE, Artifact, Manifest
 from pipeline.contracts import CONTRACTS, METRICS
 from pipeline.settings import override
 
+ROOT = Path(__file__).resolve().parents[2]
 DETERMINISTIC = {"ingest", "label", "advantage"}
 
 
@@ -176,3 +178,12 @@ def test_show_explains_columns_and_selects_rows(finished):
 def test_contracts_are_printed(desk, name):
     if CONTRACTS[name].is_table:
         assert CONTRACTS[name].fields[0].name in desk.rlhf("contracts", name).stdout
+
+
+def test_the_recipe_of_the_contributing_page_runs(finished):
+    desk, _ = finished
+    page = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    (desk.folder / "mine.toml").write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    desk.rlhf("run", str(desk.experiment), "--recipe", "mine.toml", "--name", "mine", "--set", "scale.iterations=1")
+    made = desk.folder / "runs/mine/0000"
+    assert sorted(path.name for path in made.iterdir()) == ["advantages", "labels-0", "policy", "rollouts-0"]

@@ -83,8 +83,8 @@ def test_a_model_that_is_needed_and_not_named(rollouts, policy, tmp_path):
     assert "--reference PATH" in error.value.do
     with pytest.raises(InputError, match="old_logprobs needs a policy"):
         score.run(tmp_path / "b", settings("old_logprobs"), rollouts=[rollouts.path], reference=policy.path)
-    with pytest.raises(ExperimentError, match="needs"):
-        settings()
+    with pytest.raises(InputError, match="asks no model"):
+        score.run(tmp_path / "d", settings(), rollouts=[rollouts.path], policy=policy.path)
     with pytest.raises(ExperimentError, match="needs"):
         settings("values")
     with pytest.raises(ArtifactError, match="no such checkpoint"):
