@@ -1,6 +1,7 @@
 """What the commands print for a person."""
 
 import json
+import shutil
 import sys
 from importlib import resources
 from pathlib import Path
@@ -35,17 +36,23 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
     if isinstance(outcome, Outcome) and outcome.before is not None and outcome.after is not None:
         before, after = (_accuracy(labels) for labels in (outcome.before, outcome.after))
         lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
-    first = f"{folder}/0000/rollouts-0"
+    rlhf = _command()
     other = next(name for name in Recipe.names() if name != experiment.recipe.name)
     lines += [
         f"the run lies in {folder}",
         "",
         "next:",
-        f"  rlhf status {folder}",
-        f"  rlhf show {first} --where \"finish = 'length'\"",
-        f"  rlhf run {asked} --recipe {other} --name {experiment.name}-{other}",
+        f"  {rlhf} status {folder}",
+        f'  {rlhf} show {folder}/0000/labels-0 --where "reward < 1"',
+        f"  {rlhf} run {asked} --recipe {other} --name {experiment.name}-{other}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _command() -> str:
+    """How `rlhf` is called here: by its name, or by its path as typed where the shell does not find it."""
+    typed = sys.argv[0]
+    return typed if Path(typed).name == "rlhf" and shutil.which("rlhf") is None else "rlhf"
 
 
 def _accuracy(labels: Artifact) -> str:

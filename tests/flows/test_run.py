@@ -1,6 +1,7 @@
 """A run from one command: what it leaves, what it says, and that it does nothing twice."""
 
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def test_the_last_lines_say_accuracy_place_and_what_to_type_next(finished):
     assert "the run lies in runs/small" in lines
     commands = [line.split() for line in lines if line.startswith("  rlhf ")]
     assert len(commands) == 3
-    for words in commands[:1]:
-        desk.rlhf(*words[1:])
+    for words in commands[:2]:
+        desk.rlhf(*shlex.split(" ".join(words[1:])))
 
 
 def test_progress_names_iteration_reward_speed_and_time_left(finished):
