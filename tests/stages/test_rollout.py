@@ -278,3 +278,16 @@ def test_what_is_not_a_checkpoint_is_refused_before_any_engine_is_built(prompts,
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight has 1 of 64 numbers not finite"):
         rollout.run(tmp_path / "out", settings, prompts=prompts.path, policy=sick)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_response_longer_than_the_policys_positions_is_refused_before_any_engine_is_built(
+    prompts, policy, sampling, tmp_path
+):
+    with pytest.raises(ArtifactError, match="prompt_tokens \\+ response_tokens = 65 is more than the policy's 64"):
+        rollout.run(tmp_path / "out", sampling(response_tokens=57), prompts=prompts.path, policy=policy.path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_does_not_exist_is_told_with_the_settings(sampling):
+    with pytest.raises(ExperimentError, match="there are: vllm, transformers, scripted"):
+        sampling(engine="vlm")

@@ -146,3 +146,8 @@ def test_the_prompts_tokens_are_not_imitated(policy, demonstrations):
     assert all(mask[start:])
     read = response_logprobs(AutoModelForCausalLM.from_pretrained(policy.path), [tokens[:start]], [tokens[start:]])
     assert read.logprobs.shape == (1, len(tokens) - start)
+
+
+def test_a_new_model_must_hold_the_longest_demonstration(sft_settings):
+    with pytest.raises(ExperimentError, match=r"max_position = 64 is less than tokens = 65"):
+        sft_settings(tokens=65)

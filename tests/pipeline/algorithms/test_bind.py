@@ -115,3 +115,7 @@ def test_the_slope_of_the_overlong_penalty_starts_after_the_first_token():
     assert _reasons(shape=[{"kind": "overlong_penalty", "limit": 8, "buffer": 9}]) == (
         "shape 'overlong_penalty': buffer = 9 is more than limit = 8"
     )
+
+
+def test_a_greedy_response_that_nobody_reads_is_refused():
+    assert "rollout.greedy" in _reasons(rollout={"greedy": True})
