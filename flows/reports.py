@@ -36,7 +36,7 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
     if isinstance(outcome, Outcome) and outcome.before is not None and outcome.after is not None:
         before, after = (_accuracy(labels) for labels in (outcome.before, outcome.after))
         lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
-    rlhf = _command()
+    rlhf, elsewhere = _command(), "" if root == Path("runs") else f" --root {root}"
     other = next(name for name in Recipe.names() if name != experiment.recipe.name)
     lines += [
         f"the run lies in {folder}",
@@ -44,7 +44,7 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
         "next:",
         f"  {rlhf} status {folder}",
         f'  {rlhf} show {folder}/0000/labels-0 --where "reward < 1"',
-        f"  {rlhf} run {asked} --recipe {other} --name {experiment.name}-{other}",
+        f"  {rlhf} run {asked} --recipe {other} --name {experiment.name}-{other}{elsewhere}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")
 

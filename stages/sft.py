@@ -62,10 +62,9 @@ class Settings(StageSettings):
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """`sft`, `models.new`, and lengths from `scale`."""
-        plan = experiment.sft.model_dump(exclude={"enabled"})
-        scale = experiment.scale
+        plan, models, scale = experiment.sft.model_dump(exclude={"enabled"}), experiment.models, experiment.scale
         return {
-            **plan, "new": experiment.models.new or None, "gradient_clip": scale.gradient_clip,
+            **plan, "new": models.new if models.policy is None else None, "gradient_clip": scale.gradient_clip,
             "tokens": scale.prompt_tokens + scale.response_tokens, "seed": experiment.seed,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
         }  # fmt: skip

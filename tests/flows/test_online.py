@@ -128,3 +128,22 @@ def test_resuming_performs_only_what_is_missing(make):
     online(Run(run.experiment, run.root, counting), base)
     assert performed == ["advantage", "update"]
     assert Artifact.open(run.folder / "0000/policy").manifest.digest == digest
+
+
+def test_an_instruct_checkpoint_takes_the_new_models_place_with_one_change(desk, tmp_path):
+    """Its own chat template, end token and longer positions; `models.new` of the experiment stays where it is."""
+    model, tokenizer = create(
+        ModelSpec(layers=1, width=64, heads=2, kv_heads=1, max_position=128), ["0123456789+=,;<|>\nuserainst"], 0
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    checkpoint.save(model, tokenizer, tmp_path / "instruct")
+    longer = ["scale.prompt_tokens=60", "scale.response_tokens=60", "scale.iterations=1"]
+    experiment = Experiment.load(desk.experiment, [f"models.policy={tmp_path / 'instruct'}", *longer], name="instruct")
+    base = foundations(Run(experiment, tmp_path / "runs", direct))
+    assert base.policy.manifest.inputs["policy"][0].path == str(tmp_path / "instruct")
+    made, _ = collect(Run(experiment, tmp_path / "runs", direct), base.prompts, Now(base.policy), 0)
+    asked = Chat(base.policy.path).tokenizer.decode(made.rollouts[0].table()["prompt_tokens"][0].as_py())
+    assert asked.startswith("<|user|>\n") and asked.endswith("\n<|assistant|>\n")
