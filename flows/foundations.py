@@ -6,7 +6,7 @@ from pathlib import Path
 from flows.run import Run
 from pipeline.algorithms.labels import LABELS as LABELERS
 from pipeline.artifacts import Artifact
-from pipeline.contracts import POLICY, PROMPTS
+from pipeline.contracts import DEMONSTRATIONS, POLICY, PROMPTS
 from pipeline.errors import ExperimentError
 from pipeline.experiment import DataSlice
 from stages.ingest import Settings as IngestSettings
@@ -34,37 +34,37 @@ def foundations(run: Run) -> Foundations:
         for asked in (prompts, held_out):
             if asked is not None:
                 refuse_unanswered(asked.table(["prompt_id", "answer", "grader"]).to_pylist(), asked)
-    if held_out is not None:
-        refuse_leak(prompts, held_out)
-    return Foundations(prompts, held_out, _policy(run))
+    wanted = data.demonstrations if run.experiment.sft.enabled else None
+    demonstrations = None if wanted is None else _ingested(run, "demonstrations", wanted)
+    for trained in (prompts, demonstrations):
+        if held_out is not None and trained is not None:
+            refuse_leak(trained, held_out)
+    return Foundations(prompts, held_out, _policy(run, demonstrations))
 
 
 def _ingested(run: Run, part: str, wanted: DataSlice) -> Artifact:
     if wanted.artifact is not None:
-        return Artifact.open(Path(wanted.artifact), None if part == "demonstrations" else PROMPTS)
+        return Artifact.open(Path(wanted.artifact), DEMONSTRATIONS if part == "demonstrations" else PROMPTS)
     folder = Path(run.experiment.data.folder)
     settings = IngestSettings.of(run.experiment, {"part": part})
     return run.do(ingest, run.base / part, settings, files=[folder / name for name in wanted.files])
 
 
-def _policy(run: Run) -> Artifact:
-    models, demonstrations = run.experiment.models, run.experiment.data.demonstrations
-    start = None if models.policy is None else Path(models.policy)
-    if not run.experiment.sft.enabled or demonstrations is None:
-        return Artifact.open(Path(models.policy or ""), POLICY)
-    examples = _ingested(run, "demonstrations", demonstrations)
+def _policy(run: Run, demonstrations: Artifact | None) -> Artifact:
+    named = run.experiment.models.policy
+    if demonstrations is None:
+        return Artifact.open(Path(named or ""), POLICY)
+    start = None if named is None else Path(named)
     settings = SftSettings.of(run.experiment)
-    return run.do(sft, run.base / "sft", settings, demonstrations=examples.path, policy=start)
+    return run.do(sft, run.base / "sft", settings, demonstrations=demonstrations.path, policy=start)
 
 
-def refuse_leak(prompts: Artifact, held_out: Artifact) -> None:
+def refuse_leak(trained: Artifact, held_out: Artifact) -> None:
     """Raise `ExperimentError` when a held-out prompt is also trained on: its accuracy would mean nothing."""
-    shared = set(prompts.table(["prompt_id"])["prompt_id"].to_pylist()) & set(
-        held_out.table(["prompt_id"])["prompt_id"].to_pylist()
-    )
-    if shared:
+    known, kept = (set(a.table(["prompt_id"])["prompt_id"].to_pylist()) for a in (trained, held_out))
+    if shared := known & kept:
         raise ExperimentError(
-            f"{len(shared)} held-out prompts are also training prompts; first: {', '.join(sorted(shared)[:5])}",
-            f"{held_out.path} and {prompts.path}",
-            "separate the files named in data.prompts and data.held_out",
+            f"{len(shared)} held-out prompts are also trained on; first: {', '.join(sorted(shared)[:5])}",
+            f"{held_out.path} and {trained.path}",
+            "separate the files named in data.held_out from those in data.prompts and data.demonstrations",
         )

@@ -84,13 +84,15 @@ def test_prompts_without_answers_are_refused_before_any_model(desk, tmp_path):
     assert not (desk.folder / "runs/u/sft").exists()
 
 
-def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path):
+@pytest.mark.parametrize("part", ["prompts", "demonstrations"])
+def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path, part):
     path = rows(tmp_path / "same.jsonl", {"prompt": "1+1=", "answer": "2"})
+    same = [f"data.{name}={{files=['{path}']}}" for name in (part, "held_out")]
     refused = desk.refusal(
-        "run", "small.toml", "--name", "h", "--set", "base=h",
-        "--set", f"data.prompts={{files=['{path}']}}", "--set", f"data.held_out={{files=['{path}']}}",
-    )  # fmt: skip
-    assert "held-out prompts are also training prompts" in refused
+        "run", "small.toml", "--name", f"h-{part}", "--set", f"base=h-{part}", "--set", same[0], "--set", same[1]
+    )
+    assert "1 held-out prompts are also trained on" in refused
+    assert f"runs/h-{part}/{part}" in refused
 
 
 def test_unknown_stage_and_missing_input(desk, tmp_path):
