@@ -18,6 +18,7 @@ from pipeline.artifacts import MANIFEST, Artifact, Manifest
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.experiment import Experiment
+from pipeline.settings import without_none
 
 out = Console(soft_wrap=False)
 
@@ -159,7 +160,7 @@ def show(path: Path, rows: int, where: str | None) -> None:
         f"{manifest.made.get('time', 'elsewhere')}"
     )
     out.print(f"fingerprint {manifest.fingerprint[:16]}  digest {manifest.digest[:16]}")
-    out.print("settings", tomli_w.dumps(_without_none(manifest.settings)), markup=False)
+    out.print("settings", tomli_w.dumps(without_none(manifest.settings)), markup=False)
     for name, records in manifest.inputs.items():
         for record in records:
             out.print(f"input {name}: {record.path} ({record.digest[:16]})", markup=False)
@@ -207,9 +208,3 @@ def _short(value: Any) -> Any:
             f"{len(value)}: " + json.dumps(value[:24], ensure_ascii=False) + (" ..." if len(value) > 24 else "")
         )
     return Text(str(value))
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.algorithms.recipe import Recipe
 from pipeline.errors import ExperimentError
-from pipeline.settings import Settings, explain, override, read_toml
+from pipeline.settings import Settings, explain, override, read_toml, without_none
 
 
 class Models(Settings):
@@ -197,7 +197,7 @@ class Experiment(Settings):
 
     def dump(self) -> str:
         """The resolved experiment as TOML; `load` of it gives an equal experiment."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
 
 def _check_changes(changes: Any, path: Path) -> None:
@@ -209,11 +209,3 @@ def _check_changes(changes: Any, path: Path) -> None:
             raise ExperimentError(f"recipe_changes.{name}: no such recipe", str(path), do)
         if not isinstance(change, dict):
             raise ExperimentError(f"recipe_changes.{name}: expected a table, found {change!r}", str(path), do)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value

@@ -59,6 +59,15 @@ def _value(text: str) -> Any:
     return read["value"] if len(read) == 1 else text  # several lines of text may look like more assignments
 
 
+def without_none(value: Any) -> Any:
+    """`value` without the None fields of its tables, at any depth: TOML has no word for None."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
+
+
 def explain(error: ValidationError, prefix: str = "") -> str:
     """One line per fault of a pydantic error: dotted place, what is wrong, the value found."""
     lines = []
