@@ -374,14 +374,17 @@ ROLLOUTS = Contract(
 )  # fmt: skip
 
 LABELS = Contract(
-    "labels", 1, "The reward of every response; which rows train, and why the others do not.",
+    "labels", 2, "The reward of every response; which rows train, and why the others do not.",
     (
         _PROMPT_ID,
         _SAMPLE,
         Field("reward", FLOAT32, "what the labeler said, before any shaping", "reward"),
-        Field("correct", BOOL, "right or wrong, where that exists", null=True),
+        Field("correct", BOOL, "what the labeler takes for right; null where it does not say", null=True),
+        Field(
+            "gold", BOOL, "right by the reference answer; for people and metrics, no piece may read it", null=True
+        ),
         Field("extracted", STRING, "answer found in the response", null=True),
-        Field("target", STRING, "what it was compared with", null=True),
+        Field("target", STRING, "what the labeler compared it with: the reference or the majority's answer", null=True),
         Field("verdict", STRING, "correct, wrong, no answer, bad reference, timeout, error", null=True),
         Field("vote_share", FLOAT32, "share of the group whose extracted answer is this one", "fraction", null=True),
         Field("keep", BOOL, "does training use this row"),
@@ -408,7 +411,7 @@ SCORES = Contract(
 )  # fmt: skip
 
 ADVANTAGES = Contract(
-    "advantages", 1, "The training table: all that `value` and `update` read.",
+    "advantages", 2, "The training table: all that `value` and `update` read.",
     (
         _PROMPT_ID,
         _SAMPLE,
@@ -422,6 +425,7 @@ ADVANTAGES = Contract(
         Field("reward", FLOAT32, "before shaping", "reward"),
         Field("shaped_reward", FLOAT32, "sum over tokens after shaping", "reward"),
         Field("correct", BOOL, "for losses that imitate correct responses", null=True),
+        Field("finished", BOOL, "False: the response was cut at the length limit"),
     ),
     key=_KEY,
     group="prompt_id",
@@ -455,9 +459,23 @@ POLICY = Contract(
     "A language model as an ordinary Hugging Face directory; optimizer state in `trainer/` beside it.",
 )
 
+REWARD_MODEL = Contract(
+    "reward_model",
+    1,
+    "`AutoModelForSequenceClassification`, one label: a whole response in, its score out. The score that stages use is "
+    "the head's plus `reward_bias` of config.json.",
+)
+
+CRITIC = Contract(
+    "critic",
+    1,
+    "`AutoModelForTokenClassification`, one label: the value before each token; optimizer state in `trainer/`.",
+)
+
 CONTRACTS: dict[str, Contract] = {
     contract.name: contract
     for contract in (
-        PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS, LABELS, SCORES, ADVANTAGES, METRICS, POLICY
+        PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS, LABELS, SCORES, ADVANTAGES, METRICS, POLICY,
+        REWARD_MODEL, CRITIC,
     )
 }  # fmt: skip

@@ -22,8 +22,9 @@ def group_std(
         A_i,t <- A_i,t / (std_{j in group of i}(a_j) + eps),   a_j = mean over the tokens of response j of A_j,t
 
     After `group_mean`, a_j = R_j - mean R, whose deviation is that of the rewards: together they are GRPO's
-    (R_i - mean R) / std R (arXiv:2402.03300, section 4). The paper says neither n nor n-1 nor eps; the defaults are
-    those of verl b178a3cd, n-1 and 1e-6. Equal rewards give 0, and so does a group that has lost all but one.
+    (R_i - mean R) / std R (arXiv:2402.03300, section 4). The paper says neither n nor n-1 nor eps: all read have
+    n-1, with an eps of 1e-6 in verl b178a3cd (the defaults here), 1e-4 in TRL f2cd5771 and 1e-9 in OpenRLHF 3c3be623.
+    Equal rewards give 0, and so does a group that has lost all but one.
     """
     level = np.where(mask, advantages, 0).sum(axis=1, dtype=np.float64) / np.maximum(mask.sum(axis=1), 1)
     _, index, sizes = np.unique(group, return_inverse=True, return_counts=True)
@@ -40,21 +41,32 @@ def whiten(
     *,
     ddof: Literal[0, 1] = 1,
     eps: Annotated[float, Field(gt=0)] = 1e-8,
+    center: bool = True,
+    over: Literal["tokens", "responses"] = "tokens",
 ) -> Float[np.ndarray, "B T"]:
-    """Shift and scale to mean 0 and variance 1 over all response tokens of the iteration.
+    """Shift and scale to mean 0 and variance 1 over all of the iteration.
 
-        A <- (A - mean A) / sqrt(var A + eps)
+        A <- (A - m) / sqrt(v + eps) (+ m without `center`)
+        over = tokens:      m, v of all tokens' A_i,t, so that long responses weigh more
+        over = responses:   m, v of a_i = mean over the tokens of response i of A_i,t
 
-    Long responses weigh more: each token counts once. `ddof = 1` divides the squares by n-1 as verl and TRL do, 0 by n
-    as OpenRLHF and lm-human-preferences do. Equal credit gives 0.
+    verl b178a3cd and TRL f2cd5771 take tokens and n-1 (`ddof = 1`); OpenRLHF 3c3be623 takes tokens and n and keeps v
+    above 1e-8 instead of adding that; lm-human-preferences cbfd210b takes n, and for rewards keeps the mean.
+    REINFORCE++ normalizes over all samples (arXiv:2501.03262v9, appendix B.2), which reads as responses; its authors'
+    code takes tokens. After `group_mean` a group with equal rewards then gets credit: the mean over tokens is not 0.
+
+    Without `center` the mean stays. Equal credit becomes its mean: 0, or itself where the mean stays.
     """
+    counts = mask.sum(axis=1)
     tokens = advantages[mask].astype(np.float64)
     if not tokens.size:
         return np.zeros_like(advantages)
-    centred = tokens - tokens.mean()
-    variance = (centred**2).sum() / max(tokens.size - ddof, 1)
+    sums = np.where(mask, advantages, 0).sum(axis=1, dtype=np.float64)
+    counted = tokens if over == "tokens" else sums[counts > 0] / counts[counts > 0]
+    mean = counted.mean()
+    variance = ((counted - mean) ** 2).sum() / max(counted.size - ddof, 1)
     whitened = np.zeros_like(advantages)
-    whitened[mask] = centred / np.sqrt(variance + eps)
+    whitened[mask] = (tokens - mean) / np.sqrt(variance + eps) + (0.0 if center else mean)
     return whitened
 
 

@@ -16,6 +16,9 @@ from pipeline.algorithms.shelf import Line
 from pipeline.errors import RecipeError
 from pipeline.settings import Settings, explain, read_toml
 
+DIVERGENCES = ("kl_penalty", "kl")
+"""Pieces whose `coef` weighs the divergence from the reference."""
+
 
 class Rollout(Settings):
     """How responses are sampled."""
@@ -39,19 +42,72 @@ class LossLine(Line):
 
     coef: float = 1.0
     """The term is multiplied by it."""
-    on: Literal["all", "correct"] = "all"
-    """Rows whose tokens count, in the loss and in the denominator of its mean."""
+    on: Literal["all", "correct", "finished"] = "all"
+    """Rows whose tokens count, in the loss and in the denominator of its mean; `finished` masks cut responses."""
 
 
 class Update(Settings):
     """How the losses of tokens become optimizer steps."""
 
-    weights: Literal["token_mean", "sequence_mean", "sequence_sum"]
+    weights: Literal["token_mean", "group_token_mean", "sequence_mean", "sequence_sum"]
     """What a token counts in the loss of an optimizer step."""
     epochs: int = Field(1, ge=1)
     """Passes over the iteration's rows."""
     minibatches: int = Field(1, ge=1)
     """Optimizer steps per pass."""
+    temperature: float | None = Field(None, gt=0)
+    """Divides the logits of every log-probability that is computed; that of the sampling when absent."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a running average of the weights, kept beside them; none when absent."""
+
+
+class Sft(Settings):
+    """How the policy that the loop starts from differs from the experiment's ordinary SFT."""
+
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the demonstrations; the experiment's when absent."""
+    documents_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the examples that are documents rather than demonstrations."""
+
+
+class Mix(Settings):
+    """Documents in every optimizer step, against forgetting."""
+
+    coef: float = Field(gt=0)
+    """Their mean negative log-likelihood is multiplied by it."""
+    per_response: float = Field(gt=0)
+    """Documents per response of the step."""
+
+
+class Critic(Settings):
+    """The model that predicts returns."""
+
+    start: Literal["policy", "reward_model"]
+    """Whose weights it starts from, with a new head on those of a policy."""
+    loss: Line
+    """A line of the loss shelf that reads `returns`."""
+    pretrain_steps: int = Field(0, ge=0)
+    """Most optimizer steps on Monte-Carlo returns of the first policy before the loop; 0: none."""
+
+
+class KlController(Settings):
+    """Adapts the coefficient of every divergence in reward and loss after each iteration.
+
+        coef <- coef * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)
+
+    KL is the mean over responses of the summed log(pi_old / pi_ref): lm-human-preferences cbfd210b (Ziegler et al.,
+    arXiv:1909.08593, section 2.2).
+    """
+
+    target: float = Field(gt=0)
+    """Wanted divergence per response, in nat."""
+    horizon: float = Field(10_000, gt=0)
+    """Responses after which an error of 20 % has moved the coefficient by 20 %."""
+
+    def next(self, scale: float, divergence: float, responses: int) -> float:
+        """What to multiply coefficients with after an iteration with `scale` that measured `divergence` nat."""
+        error = min(max(divergence / self.target - 1, -0.2), 0.2)
+        return scale * (1 + error * responses / self.horizon)
 
 
 class Recipe(Settings):
@@ -65,6 +121,10 @@ class Recipe(Settings):
     """What it is, in about six words."""
     reference: str = ""
     """The implementation that is followed where the paper leaves something open."""
+    differs: dict[str, str] = Field(default_factory=dict)
+    """System -> in which way it computes something else."""
+    sft: Sft | None = None
+    """A fine-tuning of its own for the policy that the loop starts from."""
     rollout: Rollout
     """How responses are sampled."""
     label: Line
@@ -77,10 +137,31 @@ class Recipe(Settings):
     """How rewards become credit per token."""
     normalize: Line | None = None
     """How credit is scaled."""
+    importance: Line | None = None
+    """Weights against the mismatch between the engine that sampled and the stack that trains."""
+    kl_controller: KlController | None = None
+    """Adapts the coefficients of the divergence; they are fixed when absent."""
     loss: tuple[LossLine, ...] = Field(min_length=1)
     """The terms of the loss, summed."""
+    mix: Mix | None = None
+    """Documents in every optimizer step."""
+    critic: Critic | None = None
+    """The model that predicts returns; none when absent."""
     update: Update
     """How the losses become optimizer steps."""
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits of every log-probability that is computed."""
+        return self.update.temperature or self.rollout.temperature
+
+    def with_divergence_scaled(self, scale: float) -> "Recipe":
+        """Return the recipe with `coef` of every divergence, in reward and in loss, multiplied by `scale`."""
+
+        def scaled(line: Any) -> Any:
+            return line.model_copy(update={"coef": line.coef * scale}) if line.kind in DIVERGENCES else line
+
+        return self.model_copy(update={"shape": tuple(map(scaled, self.shape)), "loss": tuple(map(scaled, self.loss))})
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -18,19 +18,24 @@ from pipeline.settings import Settings, explain
 T_co = TypeVar("T_co", covariant=True)
 
 OFFERED: Mapping[str, tuple[str, ...]] = {
-    "label": ("verdicts", "responses", "group", "finished", "reward_scores", "sampler_logprobs", "mask"),
-    "filter": ("rewards", "verdicts", "group", "sample", "finished"),
+    "label": (
+        "verdicts", "answers", "group", "sample", "responses", "finished", "reward_scores", "sampler_logprobs", "mask"
+    ),
+    "filter": ("rewards", "verdicts", "group", "sample", "finished", "lottery"),
     "shape": ("rewards", "mask", "old_logprobs", "ref_logprobs", "finished"),
     "advantage": ("rewards", "values", "mask", "group", "greedy"),
     "normalize": ("advantages", "mask", "group"),
+    "importance": ("old_logprobs", "sampler_logprobs", "mask"),
     "loss": (
-        "logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropies", "values", "returns", "mask"
+        "logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropies", "values", "old_values", "returns", "mask"
     ),
 }  # fmt: skip
 """The columns that a piece of each shelf may ask for: what its stage hands over.
 
-`rewards` is [B] for filters (what the labeler said) and [B T] for shape and advantage; `verdicts` [B] is 1.0 right,
-0.0 wrong, NaN where the grader gave no verdict.
+`rewards` is [B] for filters (what the labeler said) and [B T] for shape and advantage. `verdicts` [B] is 1.0 right,
+0.0 wrong, NaN without a verdict: by the reference answer for labelers, by the labeler for filters. `answers` [B]
+numbers the classes of equal answers within a group, -1 where there is none. `lottery` [B] is a random number in [0, 1),
+a function of seed and key. `greedy` [B] is the reward of the greedy response to the same prompt.
 """
 
 FROM_MODELS: Mapping[str, str] = {

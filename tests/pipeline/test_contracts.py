@@ -50,7 +50,7 @@ GOOD = {
     ],
     "labels": [
         {
-            **key, "reward": 1.0, "correct": True, "extracted": None, "target": "2", "verdict": "correct",
+            **key, "reward": 1.0, "correct": True, "gold": None, "extracted": None, "target": "2", "verdict": "correct",
             "vote_share": None, "keep": i > 2, "dropped": "surplus group" if i <= 2 else None,
         }
         for i, key in enumerate(KEYS)
@@ -63,7 +63,7 @@ GOOD = {
         {
             **key, **TOKENS, "advantages": [0.5, -0.5], "returns": None if i == 0 else [1.0, 1.0],
             "old_logprobs": [-1.0, 0.0], "ref_logprobs": [-1.0, -2.0], "values": [0.0, 1.0], "reward": 1.0,
-            "shaped_reward": 0.5, "correct": None,
+            "shaped_reward": 0.5, "correct": None, "finished": True,
         }
         for i, key in enumerate(KEYS)
     ],
@@ -200,7 +200,7 @@ class TestEveryContract:
         ):
             other = table(contract).replace_schema_metadata(said)
             what = refusal(contract, other)
-            assert f"expected {contract.name} version 1, found {said['contract']} version" in what
+            assert f"expected {contract.name} version {contract.version}, found {said['contract']} version" in what
         contract.check(table(contract).replace_schema_metadata(None))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-TORCH_FREE = ("shelf", "recipe", "labels", "filters", "shaping", "advantages", "normalizers")
+TORCH_FREE = ("shelf", "recipe", "labels", "filters", "shaping", "advantages", "normalizers", "importance")
 HEAVY = ("torch", "transformers", "pyarrow", "vllm", "prefect")
 
 

@@ -6,26 +6,70 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.algorithms.advantages import group_mean
+from pipeline.algorithms.advantages import group_mean, reward_to_go
 from pipeline.algorithms.normalizers import group_std, whiten
+from pipeline.algorithms.shaping import kl_penalty, on_last_token
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "normalizers.json").read_text())
+PRECISION = pytest.mark.parametrize(
+    ("dtype", "close"),
+    [(np.float64, {"rtol": 1e-6, "atol": 1e-8}), (np.float32, {"rtol": 1e-4, "atol": 1e-6})],
+    ids=["float64", "float32"],
+)
 
 
-@pytest.mark.parametrize("case", GOLDEN["group_std"], ids=lambda case: case["name"])
-def test_group_mean_then_group_std_is_grpo(case):
-    rewards = np.array(case["inputs"]["rewards"], np.float64)[:, None]
+def golden(section):
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in GOLDEN[section]])
+
+
+def _settings(inputs):
+    return {name: inputs[name] for name in ("ddof", "eps", "center", "over") if name in inputs}
+
+
+@golden("group_std")
+@PRECISION
+def test_group_mean_then_group_std_is_grpo(case, dtype, close):
+    rewards = np.array(case["inputs"]["rewards"], dtype)[:, None]
     mask, group = np.ones_like(rewards, bool), np.zeros(len(rewards), np.int64)
     credit = group_mean(rewards, mask, group)
-    scaled = group_std(credit.advantages, mask, group, ddof=case["inputs"]["ddof"], eps=case["inputs"]["eps"])
-    np.testing.assert_allclose(scaled[:, 0], case["outputs"], rtol=1e-6, atol=1e-8)
+    scaled = group_std(credit.advantages, mask, group, **_settings(case["inputs"]))
+    np.testing.assert_allclose(scaled[:, 0], case["outputs"], **close)
+    assert scaled.dtype == dtype
 
 
-@pytest.mark.parametrize("case", GOLDEN["whiten"], ids=lambda case: case["name"])
-def test_whiten_golden(case):
-    mask = np.array(case["inputs"]["mask"], bool)
-    whitened = whiten(np.array(case["inputs"]["advantages"]), mask, ddof=case["inputs"]["ddof"])
-    np.testing.assert_allclose(whitened, case["outputs"], rtol=1e-6, atol=1e-8)
+@golden("whiten")
+@PRECISION
+def test_whiten_golden(case, dtype, close):
+    inputs = case["inputs"]
+    whitened = whiten(np.array(inputs["advantages"], dtype), np.array(inputs["mask"], bool), **_settings(inputs))
+    np.testing.assert_allclose(whitened, case["outputs"], **close)
+    assert whitened.dtype == dtype
+
+
+@golden("reinforce_pp")
+@PRECISION
+def test_whitened_rewards_to_go_with_their_divergence_golden(case, dtype, close):
+    inputs, expected = case["inputs"], case["outputs"]
+    mask, k1 = np.array(inputs["mask"], bool), np.array(inputs["k1"], dtype)
+    rewards = on_last_token(np.array(inputs["rewards"], dtype), mask)
+    shaped = kl_penalty(rewards, k1, np.zeros_like(k1), mask, coef=inputs["coef"])
+    np.testing.assert_allclose(shaped, expected.get("shaped", shaped), **close)
+    credit = reward_to_go(shaped, mask, gamma=inputs["gamma"])
+    np.testing.assert_allclose(credit.returns, expected["returns"], **close)
+    whitened = whiten(credit.advantages, mask, **_settings(inputs))
+    np.testing.assert_allclose(whitened, expected["advantages"], **close)
+
+
+@golden("reinforce_pp_baseline")
+@PRECISION
+def test_group_mean_whitened_over_the_batch_golden(case, dtype, close):
+    inputs, expected = case["inputs"], case["outputs"]
+    mask = np.array(inputs["mask"], bool)
+    rewards = on_last_token(np.array(inputs["rewards"], dtype), mask)
+    credit = group_mean(rewards, mask, np.array(inputs["group"])).advantages
+    np.testing.assert_allclose(credit[:, 0], expected["centred"], **close)
+    np.testing.assert_allclose(credit[mask].mean(), expected["token_mean"], **close)
+    np.testing.assert_allclose(whiten(credit, mask, **_settings(inputs)), expected["advantages"], **close)
 
 
 def test_group_std_takes_the_mean_of_a_row_whose_credit_varies():
@@ -41,12 +85,11 @@ def test_equal_rewards_and_lost_groups_give_nothing_with_any_eps(eps):
     np.testing.assert_array_equal(scaled, 0)
 
 
-def test_whiten_of_no_or_one_token_is_nothing():
-    np.testing.assert_array_equal(whiten(np.ones((1, 2)), np.zeros((1, 2), bool)), np.zeros((1, 2)))
-    np.testing.assert_array_equal(whiten(np.ones((1, 1)), np.ones((1, 1), bool)), np.zeros((1, 1)))
+@pytest.mark.parametrize("over", ["tokens", "responses"])
+def test_whiten_of_no_or_one_token_is_nothing(over):
+    np.testing.assert_array_equal(whiten(np.ones((1, 2)), np.zeros((1, 2), bool), over=over), np.zeros((1, 2)))
+    np.testing.assert_array_equal(whiten(np.ones((1, 1)), np.ones((1, 1), bool), over=over), np.zeros((1, 1)))
 
 
-def test_float32_stays_float32():
-    advantages, mask = np.array([[1.0], [2.0]], np.float32), np.ones((2, 1), bool)
-    assert whiten(advantages, mask).dtype == np.float32
-    assert group_std(advantages, mask, np.zeros(2, np.int64)).dtype == np.float32
+def test_a_mean_that_is_kept_stays_where_there_is_nothing_to_scale():
+    np.testing.assert_array_equal(whiten(np.full((1, 2), 3.0), np.ones((1, 2), bool), center=False), [[3.0, 3.0]])

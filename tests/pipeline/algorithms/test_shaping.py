@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.algorithms.shaping import kl_penalty, on_last_token, overlong_penalty
+from pipeline.algorithms.shaping import kl_penalty, missing_end_penalty, on_last_token, overlong_penalty
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "shaping.json").read_text())
 MASK = np.array([[True, True, False], [True, True, True], [False, False, False]])
@@ -18,14 +18,26 @@ def test_the_reward_sits_on_the_last_token():
 
 
 @pytest.mark.parametrize("case", GOLDEN["overlong_penalty"], ids=lambda case: case["name"])
-def test_overlong_penalty_golden(case):
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float64, 1e-8), (np.float32, 1e-5)], ids=["float64", "float32"])
+def test_overlong_penalty_golden(case, dtype, atol):
     lengths = np.array(case["inputs"]["lengths"])
     mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-    rewards = on_last_token(np.ones(len(lengths)), mask)
+    rewards = on_last_token(np.ones(len(lengths), dtype), mask)
     shaped = overlong_penalty(rewards, mask, limit=case["inputs"]["limit"], buffer=case["inputs"]["buffer"])
-    np.testing.assert_allclose(shaped.sum(axis=1) - 1, case["outputs"], atol=1e-8)
+    np.testing.assert_allclose(shaped.sum(axis=1) - 1, case["outputs"], atol=atol)
     last = lengths - 1
-    np.testing.assert_allclose(shaped[np.arange(len(lengths)), last] - 1, case["outputs"], atol=1e-8)
+    np.testing.assert_allclose(shaped[np.arange(len(lengths)), last] - 1, case["outputs"], atol=atol)
+    assert shaped.dtype == dtype
+
+
+@pytest.mark.parametrize("case", GOLDEN["missing_end_penalty"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+def test_missing_end_penalty_golden(case, dtype):
+    inputs = case["inputs"]
+    mask, finished = np.array(inputs["mask"], bool), np.array(inputs["finished"], bool)
+    shaped = missing_end_penalty(np.array(inputs["rewards"], dtype), mask, finished, penalty=inputs["penalty"])
+    np.testing.assert_array_equal(shaped, case["outputs"])
+    assert shaped.dtype == dtype
 
 
 @pytest.mark.parametrize(
