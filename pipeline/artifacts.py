@@ -41,6 +41,7 @@ from pipeline.settings import Settings, explain
 
 MANIFEST, METRICS_FILE, LOG_FILE = "manifest.json", "metrics.parquet", "log.txt"
 _ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE})
+_ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
 
 
 class InputRecord(Settings):
@@ -171,14 +172,33 @@ def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
         raise ArtifactError(
             "not a checkpoint: no config.json" if path.is_dir() else "no such checkpoint",
             str(path),
-            "name a Hugging Face model directory, or a `policy` artifact of a run",
+            f"name a Hugging Face model directory, or a `{contract.name}` artifact of a run",
         )
+    _refuse_another_kind(path, contract)
     files = _file_records(path)
     digest = digest_of(files)
     return Manifest(
         kind=contract.name, contract=contract.version, stage="elsewhere", version=0, fingerprint=digest,
         digest=digest, settings={}, inputs={}, files=files,
     )  # fmt: skip
+
+
+def _refuse_another_kind(path: Path, contract: Contract) -> None:
+    """Look whether the config names what it should, long before the weights are read."""
+    if contract.name not in _ARCHITECTURES:
+        return
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON: {error}", str(path / "config.json")) from error
+    found = config.get("architectures") if isinstance(config, dict) else None
+    wanted = _ARCHITECTURES[contract.name]
+    if not any(str(name).endswith(wanted) for name in found or ()):
+        raise ArtifactError(
+            f"not a {contract.name}: architectures = {found}, none of them ...{wanted}",
+            str(path / "config.json"),
+            f"name a checkpoint with such a head, or a `{contract.name}` artifact of a run",
+        )
 
 
 def fingerprint_of(

@@ -1,7 +1,12 @@
-"""rollouts (, labels) -> scores: forward passes over finished text; the columns that a recipe asks models for."""
+"""rollouts (, labels) -> scores: forward passes over finished text; the columns that a recipe asks models for.
 
-from collections.abc import Iterator, Mapping, Sequence
+A recipe that is labelled by a reward model asks twice: for `reward_scores` of all rows before `label`, and for the
+other columns of the rows that are kept after it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
@@ -10,24 +15,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import ragged
 from pipeline.algorithms.bind import bind
 from pipeline.artifacts import Artifact, Outbox
-from pipeline.contracts import LABELS, POLICY, ROLLOUTS, SCORES
+from pipeline.contracts import CRITIC, LABELS, POLICY, REWARD_MODEL, ROLLOUTS, SCORES
 from pipeline.errors import ContractError, InputError, NumericsError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.device import device
-from pipeline.models.forward import response_logprobs
+from pipeline.models.forward import response_logprobs, response_scores, response_values
 from pipeline.stage import StageSettings, stage
 from pipeline.training.batches import micro_batches
 
-Need = Literal["old_logprobs", "ref_logprobs"]
-MODEL_OF: dict[str, str] = {"old_logprobs": "policy", "ref_logprobs": "reference"}
+Need = Literal["old_logprobs", "ref_logprobs", "values", "reward_scores"]
+MODEL_OF: dict[str, str] = {
+    "old_logprobs": "policy", "ref_logprobs": "reference", "values": "critic", "reward_scores": "reward_model"
+}  # fmt: skip
 """Column -> the input that fills it."""
+
+BEFORE_LABEL = "reward_scores"
+"""The column that labelers read: asked for by name, before there are labels."""
+
+Numbers = dict[str, tuple[float, str]]
+"""Name -> value and unit."""
+Tokens = Sequence[Sequence[int]]
+Reader = Callable[[nn.Module, Tokens, Tokens], Tensor]
+"""From model, prompts and responses to a number per response token [B T] or per response [B]."""
 
 
 class Settings(StageSettings):
@@ -36,16 +52,17 @@ class Settings(StageSettings):
     needs: tuple[Need, ...]
     """Columns to write. A recipe that needs none has nothing to score."""
     temperature: float = Field(1.0, gt=0)
-    """Of the sampling: log-probabilities are of the distribution that was sampled from."""
+    """Divides the logits: that of the sampling makes log-probabilities of the distribution that was sampled from."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The needs of the recipe; its sampling temperature."""
+        """What the recipe needs once there are labels; the temperature of its log-probabilities."""
+        needs = bind(experiment.recipe).needs - {BEFORE_LABEL}
         return {
-            "needs": tuple(name for name in MODEL_OF if name in bind(experiment.recipe).needs),
-            "temperature": experiment.recipe.rollout.temperature,
+            "needs": tuple(name for name in MODEL_OF if name in needs),
+            "temperature": experiment.recipe.temperature,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
         }  # fmt: skip
 
@@ -58,6 +75,8 @@ class Inputs:
     labels: Annotated[tuple[Artifact, ...] | None, LABELS] = None
     policy: Annotated[Artifact | None, POLICY] = None
     reference: Annotated[Artifact | None, POLICY] = None
+    critic: Annotated[Artifact | None, CRITIC] = None
+    reward_model: Annotated[Artifact | None, REWARD_MODEL] = None
 
 
 def kept_rows(rollouts: Sequence[Artifact], labels: Sequence[Artifact]) -> Iterator[pa.Table]:
@@ -79,26 +98,50 @@ def kept_rows(rollouts: Sequence[Artifact], labels: Sequence[Artifact]) -> Itera
             yield part.filter(marks["keep"])
 
 
-def logprobs_of(model: nn.Module, part: pa.Table, temperature: float, budget: int) -> pa.ListArray:
-    """Log-probability (nat) of every response token under `model`, rows in the order of `part`."""
+def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Array:
+    """What `reader` makes of every response with `model`, rows in the order of `part`.
+
+    A list of the response's length per row, or a number, as the reader answers [B T] or [B].
+    """
     prompts, responses = part["prompt_tokens"].to_pylist(), part["response_tokens"].to_pylist()
     lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
     rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(responses)
     done = 0
     for micro in micro_batches(np.arange(len(responses)), lengths, budget):
         with torch.no_grad():
-            read = response_logprobs(
-                model, [prompts[i] for i in micro], [responses[i] for i in micro], temperature=temperature
-            )
-        values = read.logprobs.float().cpu().numpy()
+            found = reader(model, [prompts[i] for i in micro], [responses[i] for i in micro])
+        numbers = found.float().cpu().numpy()
         for place, row in enumerate(micro):
-            rows[row] = values[place, : len(responses[row])]
+            rows[row] = numbers[place, : len(responses[row])] if numbers.ndim == 2 else numbers[place]
         done += len(micro)
         console.progress(f"read {done}/{len(responses)} responses")
-    return ragged.from_rows(rows, pa.float32())
+    return pa.array(rows, pa.float32()) if np.ndim(rows[0]) == 0 else ragged.from_rows(rows, pa.float32())
 
 
-def mismatch(sampler: pa.ChunkedArray, trainer: pa.ListArray) -> dict[str, tuple[float, str]]:
+def divergence(old: pa.ListArray, ref: pa.ListArray) -> Numbers:
+    """How far the policy is from the reference, on its own responses.
+
+        d_t = old - ref;   kl/reference = mean over tokens of d_t;   kl/reference_sum = mean over responses of sum_t d_t
+
+    Both estimate KL(policy || reference), of a token and of a whole response.
+    """
+    d = old.flatten().to_numpy().astype(np.float64) - ref.flatten().to_numpy()
+    return {"kl/reference": (float(d.mean()), "nat"), "kl/reference_sum": (float(d.sum() / len(old)), "nat")}
+
+
+def spread(name: str, numbers: np.ndarray) -> Numbers:
+    """Mean and standard deviation (by n)."""
+    return {f"{name}/mean": (float(numbers.mean()), "reward"), f"{name}/std": (float(numbers.std()), "reward")}
+
+
+def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> Numbers:
+    """Pearson's correlation of score and response length; nothing where either does not vary."""
+    if np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+        return {}
+    return {"reward_scores/length_correlation": (float(np.corrcoef(scores, lengths)[0, 1]), "")}
+
+
+def mismatch(sampler: pa.ChunkedArray, trainer: pa.ListArray) -> Numbers:
     """How far the engine's log-probabilities are from the training stack's, over tokens.
 
     d = sampler - trainer;   mean d estimates KL(sampler || trainer);   the ratio trainer / sampler is exp(-d)
@@ -128,28 +171,51 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     for need in settings.needs:
         given: Artifact | None = getattr(inputs, MODEL_OF[need])
         if given is None:
-            raise InputError(f"{need} needs a {MODEL_OF[need]}", do=f"name it: --{MODEL_OF[need]} PATH")
-        checkpoint.inspect(given.path)
-        model = checkpoint.load_policy(given.path, "float32").to(device())
+            name = MODEL_OF[need]
+            raise InputError(f"{need} needs a {name}", do=f"name it: --{name.replace('_', '-')} PATH")
+        model, reader = _reading(need, given, settings.temperature)
         for part, filled in zip(parts, columns, strict=True):
-            filled[need] = logprobs_of(model, part, settings.temperature, settings.micro_batch_tokens)
+            filled[need] = read(model, reader, part, settings.micro_batch_tokens)
         del model
     for index, filled in enumerate(columns):
         out.write(index, pa.table(filled))
     _measure(parts, columns, out)
 
 
+def _reading(need: Need, given: Artifact, temperature: float) -> tuple[nn.Module, Reader]:
+    """The model that fills a column, and how."""
+    if need == "values":
+        checkpoint.inspect(given.path, "critic")
+        critic = checkpoint.load_critic(given.path, "float32").to(device())
+        return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
+    if need == "reward_scores":
+        checkpoint.inspect(given.path, "reward_model")
+        return checkpoint.load_reward_model(given.path, "float32").to(device()), response_scores
+    checkpoint.inspect(given.path)
+    reader = partial(response_logprobs, temperature=temperature)
+    policy = checkpoint.load_policy(given.path, "float32").to(device())
+    return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
+
+
 def _measure(parts: Sequence[pa.Table], columns: Sequence[Mapping[str, Any]], out: Outbox) -> None:
-    if "old_logprobs" not in columns[0]:
-        return
-    sampler = pa.concat_tables([part.select(["sampler_logprobs"]) for part in parts])["sampler_logprobs"]
-    trainer = pa.concat_arrays([filled["old_logprobs"] for filled in columns])
-    numbers = mismatch(sampler, trainer)
+    whole = {name: pa.concat_arrays([filled[name] for filled in columns]) for name in columns[0] if name in MODEL_OF}
+    numbers: Numbers = {}
+    if "old_logprobs" in whole:
+        sampler = pa.concat_tables([part.select(["sampler_logprobs"]) for part in parts])["sampler_logprobs"]
+        numbers |= mismatch(sampler, whole["old_logprobs"])
+        if not all(np.isfinite(value) for value, _ in numbers.values()):
+            raise NumericsError("the engine's log-probabilities are not finite", str(out.target))
+        if "ref_logprobs" in whole:
+            numbers |= divergence(whole["old_logprobs"], whole["ref_logprobs"])
+    if "values" in whole:
+        numbers |= spread("value", whole["values"].flatten().to_numpy())
+    if "reward_scores" in whole:
+        scores = whole["reward_scores"].to_numpy()
+        lengths = np.concatenate([pc.list_value_length(part["response_tokens"]).to_numpy() for part in parts])
+        numbers |= spread("reward_scores", scores) | length_correlation(scores, lengths)
     for name, (value, unit) in numbers.items():
         out.metrics.add(name, value, unit)
     out.stats |= {name: value for name, (value, _) in numbers.items()}
-    if not all(np.isfinite(value) for value, _ in numbers.values()):
-        raise NumericsError("the engine's log-probabilities are not finite", str(out.target))
 
 
 if __name__ == "__main__":

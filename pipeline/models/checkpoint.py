@@ -1,13 +1,18 @@
-"""A policy on disk: an ordinary Hugging Face directory, looked at before it is believed.
+"""Models on disk: ordinary Hugging Face directories, looked at before they are believed.
+
+    policy         a causal language model
+    reward model   AutoModelForSequenceClassification, one label; `reward_bias` of config.json is added to its output
+    critic         AutoModelForTokenClassification, one label
 
 Neither transformers nor vLLM minds a NaN, and vLLM does not mind a tensor that is not there; `inspect` does. It reads
 the files and builds no model.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +20,29 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ExperimentError
 
 Dtype = Literal["float32", "bfloat16", "auto"]
+Kind = Literal["policy", "reward_model", "critic"]
+
+HEAD_STD = 0.02
+"""Standard deviation of a new head's weights; its bias is 0. Ours: the papers do not say how theirs began."""
 
 INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -29,6 +50,30 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HOW_IT_WAS_LOADED = ("is_local", "local_files_only", "name_or_path")
 # Layers of such models differ among themselves by design.
 MIXTURES = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sort:
+    """What transformers calls the models of one kind."""
+
+    name: str
+    is_a: str
+    loader: Any
+    families: Mapping[str, Any]
+    """Model type -> architecture."""
+
+
+_SORTS: Mapping[Kind, _Sort] = {
+    "policy": _Sort("policy", "a causal language model", AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "reward_model": _Sort(
+        "reward model", "a sequence classification model", AutoModelForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "critic": _Sort(
+        "critic", "a token classification model", AutoModelForTokenClassification,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +97,27 @@ class CheckpointFacts:
     """Of the tensor files."""
 
 
-def inspect(path: Path) -> CheckpointFacts:
+def inspect(path: Path, kind: Kind = "policy") -> CheckpointFacts:
     """Return what the checkpoint at `path` is, after reading every tensor once.
 
-    Raises `ArtifactError`, naming file and tensor, unless: `config.json` names a causal language model; a tokenizer is
+    Raises `ArtifactError`, naming file and tensor, unless: `config.json` names a model of this kind; a tokenizer is
     there; each `*.safetensors` is whole; every tensor is finite; the embedding, the head (where it is not tied) and the
-    same tensors in every layer are there. At most one tensor is in memory at a time.
+    same tensors in every layer are there. The head of a reward model or critic is `score.weight` [1, width], and
+    `score.bias` [1] where there is one. At most one tensor is in memory at a time.
     """
     if not path.is_dir():
         raise ArtifactError("no such checkpoint directory", where=str(path))
     config = _json(path / "config.json")
-    architecture = _architecture(config, path)
+    architecture = _architecture(config, path, kind)
     _check_tokenizer(path)
     tensors = _read_tensors(path)
     tied = bool(config.get("tie_word_embeddings", False))
-    _check_names({name: tensor.shape for name, tensor in tensors.items()}, config, path, tied=tied)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    _check_names(shapes, config, path)
+    if kind == "policy":
+        _check_output(shapes, path, tied=tied)
+    else:
+        _check_score(shapes, config, path)
     generation = path / "generation_config.json"
     ends = (_json(generation) if generation.exists() else config).get("eos_token_id")
     return CheckpointFacts(
@@ -77,7 +128,7 @@ def inspect(path: Path) -> CheckpointFacts:
         vocab_size=config["vocab_size"],
         max_position=config["max_position_embeddings"],
         tied=tied,
-        end_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        end_ids=tuple(_ends(ends)),
         parameters=sum(tensor.elements for tensor in tensors.values()),
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -87,43 +138,87 @@ def inspect(path: Path) -> CheckpointFacts:
 def load_policy(path: Path, dtype: Dtype) -> PreTrainedModel:
     """Load a causal language model in evaluation mode on the CPU; `auto` keeps the dtype that the config names.
 
-    Raises `ArtifactError` when the directory cannot be loaded or leaves a tensor of the model unset.
+    Raises `ArtifactError` when the directory cannot be loaded, is of another kind or leaves a tensor unset.
     """
-    try:
-        with _no_progress_bar():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                output_loading_info=True,
-                local_files_only=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"cannot load the policy: {error}", where=str(path)) from error
-    if loading["missing_keys"]:
-        raise ArtifactError(f"the policy has no tensor for {sorted(loading['missing_keys'])}", where=str(path))
-    policy: PreTrainedModel = model
-    return policy
+    return _load(path, "policy", dtype)
+
+
+def load_reward_model(path: Path, dtype: Dtype) -> PreTrainedModel:
+    """Load a reward model in evaluation mode on the CPU. Its head is `score`, its bias `config.reward_bias` or 0.
+
+    Raises `ArtifactError` as `load_policy` does.
+    """
+    return _load(path, "reward_model", dtype)
+
+
+def load_critic(path: Path, dtype: Dtype) -> PreTrainedModel:
+    """Load a critic in evaluation mode on the CPU. Its head is `score`.
+
+    Raises `ArtifactError` as `load_policy` does.
+    """
+    return _load(path, "critic", dtype)
+
+
+def fresh_reward_model(policy: Path, seed: int) -> PreTrainedModel:
+    """Return the policy as a reward model: float32, its output head replaced by one number, `reward_bias` 0.
+
+    The head is drawn from N(0, `HEAD_STD`^2), a function of `seed` alone; the global random numbers stay as they are.
+    Raises `ArtifactError` as `load_policy` does, `ExperimentError` for a family without such a head in transformers.
+    """
+    _architecture(_json(policy / "config.json"), policy, "policy")
+    model = _headed(policy, "reward_model", seed)
+    model.config.reward_bias = 0.0
+    return model
+
+
+def fresh_critic(start: Path, seed: int) -> PreTrainedModel:
+    """Return a float32 critic with the weights of a policy, a reward model or a critic; its config says which.
+
+    Of a policy: the head is new, as in `fresh_reward_model`. Of a reward model (arXiv:2203.02155, appendix C.4): the
+    head is the reward model's and its bias `reward_bias`, so that it says the same. Of a critic: as it is.
+    Raises `ArtifactError` as `load_policy` does, `ExperimentError` for a family without such a head in transformers.
+    """
+    kind = _kind(start)
+    if kind == "critic":
+        return load_critic(start, "float32")
+    model = _headed(start, "critic", seed)
+    if kind == "reward_model":
+        nn.init.constant_(model.score.bias, reward_bias(model))
+        if hasattr(model.config, "reward_bias"):
+            del model.config.reward_bias
+    return model
+
+
+def reward_bias(model: Any) -> float:
+    """What is added to the output of a reward model's head: `reward_bias` of its config, 0 where that has none."""
+    return float(getattr(model.config, "reward_bias", 0.0))
 
 
 def save(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write weights, `config.json`, `generation_config.json` and the tokenizer's files into `path`.
+    """Write weights, `config.json`, the tokenizer's files and, of a policy, `generation_config.json` into `path`.
 
     `generation_config.json` names all tokens that end a response: the model's own and the tokenizer's, and nothing
-    about sampling. Makes the directory; files of the same names are written over.
+    about sampling. The `pad_token_id` of a reward model or critic is never a token that ends a response: transformers
+    looks for the last token that is no padding, and would read a score one token too early.
+    Makes the directory; files of the same names are written over.
     """
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    generates, kept_pad = model.can_generate(), model.config.pad_token_id
+    kept_generation = getattr(model, "generation_config", None)
+    ends = _ends((kept_generation or model.config).eos_token_id, tokenizer.eos_token_id)
     path.mkdir(parents=True, exist_ok=True)
-    kept = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
     try:
+        if generates:
+            model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
+        else:
+            pads = (token for token in (tokenizer.pad_token_id, kept_pad) if token not in (None, *ends))
+            model.config.pad_token_id = next(pads, None)
         with _no_progress_bar():
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
     finally:
-        model.generation_config = kept
+        model.config.pad_token_id = kept_pad
+        if generates:
+            model.generation_config = kept_generation
     written = path / "tokenizer_config.json"
     settings = {name: value for name, value in _json(written).items() if name not in HOW_IT_WAS_LOADED}
     written.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -148,15 +243,82 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _architecture(config: dict[str, Any], path: Path) -> str:
+def _ends(*given: int | list[int] | None) -> list[int]:
+    """The tokens that are given, each once, in this order."""
+    tokens: list[int] = []
+    for some in given:
+        tokens += [] if some is None else [some] if isinstance(some, int) else some
+    return list(dict.fromkeys(tokens))
+
+
+def _architecture(config: dict[str, Any], path: Path, kind: Kind) -> str:
     where = str(path / "config.json")
     needed = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
     if missing := [name for name in needed if name not in config]:
         raise ArtifactError(f"the config does not say {', '.join(missing)}", where=where)
-    found = config.get("architectures") or []
-    if len(found) != 1 or found[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ArtifactError(f"not a causal language model: architectures = {found}", where=where)
+    found, sort = config.get("architectures") or [], _SORTS[kind]
+    if len(found) != 1 or found[0] not in sort.families.values():
+        what = f"not {sort.is_a}: architectures = {found}"
+        raise ArtifactError(what, where=where, do=f"name the directory of a {sort.name}")
     return str(found[0])
+
+
+def _kind(path: Path) -> Kind:
+    """What the checkpoint says it is."""
+    config = _json(path / "config.json")
+    found = (config.get("architectures") or ["nothing"])[0]
+    for kind, sort in _SORTS.items():
+        if found in sort.families.values():
+            return kind
+    raise ArtifactError(
+        f"neither policy nor reward model nor critic: architectures = {config.get('architectures')}",
+        where=str(path / "config.json"),
+    )
+
+
+def _load(path: Path, kind: Kind, dtype: Dtype) -> PreTrainedModel:
+    sort = _SORTS[kind]
+    model, missing = _open(path, sort, "auto" if dtype == "auto" else getattr(torch, dtype))
+    if missing:
+        raise ArtifactError(f"the {sort.name} has no tensor for {sorted(missing)}", where=str(path))
+    if (found := model.config.architectures) != [type(model).__name__]:
+        raise ArtifactError(f"not {sort.is_a}: architectures = {found}", where=str(path))
+    return model
+
+
+def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
+    """Load what is there in float32 and draw what is missing of a head with one output."""
+    sort, do = _SORTS[kind], "take a policy of another family, such as qwen3 or llama"
+    family = _json(path / "config.json").get("model_type")
+    if family not in sort.families:
+        what = f"no {sort.name} can be made of a {family}: transformers has no {sort.is_a[2:]} of that family"
+        raise ExperimentError(what, where=str(path), do=do)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]), _no_load_report():
+        model, missing = _open(path, sort, torch.float32, config=config)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ExperimentError(f"{type(model).__name__} has no head named score", where=str(path), do=do)
+    if missing - {"score.weight", "score.bias"}:
+        raise ArtifactError(f"no tensor for {sorted(missing)}", where=str(path))
+    if "score.weight" in missing:
+        nn.init.normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return model
+
+
+def _open(path: Path, sort: _Sort, dtype: Any, **more: Any) -> tuple[Any, set[str]]:
+    """The model, and the names of its tensors that the files do not have."""
+    try:
+        with _no_progress_bar():
+            model, loading = sort.loader.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, local_files_only=True, **more
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"cannot load the {sort.name}: {error}", where=str(path)) from error
+    return model, set(loading["missing_keys"])
 
 
 def _check_tokenizer(path: Path) -> None:
@@ -201,15 +363,35 @@ def _read_file(file: Path) -> Iterator[tuple[str, _Tensor]]:
         raise ArtifactError(f"not a whole safetensors file: {error}", where=str(file)) from error
 
 
-def _check_names(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], path: Path, *, tied: bool) -> None:
+def _check_names(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], path: Path) -> None:
     vocabulary = (config["vocab_size"], config["hidden_size"])
     if vocabulary not in shapes.values():
         raise ArtifactError(f"no tensor has the shape of the embedding, {list(vocabulary)}", where=str(path))
+    if not any(name in config for name in MIXTURES):
+        _check_layers(shapes, config, path)
+
+
+def _check_output(shapes: dict[str, tuple[int, ...]], path: Path, *, tied: bool) -> None:
     heads = [name for name in shapes if name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))]
     if not tied and not heads:
         raise ArtifactError("the config says the head is not tied, and there is no lm_head.weight", where=str(path))
-    if not any(name in config for name in MIXTURES):
-        _check_layers(shapes, config, path)
+
+
+def _check_score(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], path: Path) -> None:
+    # transformers writes the names of the labels, and neither them nor their number where they are two.
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise ArtifactError(
+            f"the config has {labels} labels, and the head must have 1", where=str(path / "config.json")
+        )
+    weight, bias = (1, config["hidden_size"]), (1,)
+    if (found := shapes.get("score.weight")) != weight:
+        raise ArtifactError(f"score.weight: {_shape(found)}, expected {list(weight)}", where=str(path))
+    if (found := shapes.get("score.bias", bias)) != bias:
+        raise ArtifactError(f"score.bias: {_shape(found)}, expected {list(bias)}", where=str(path))
+    added = config.get("reward_bias", 0.0)
+    if not isinstance(added, int | float) or not math.isfinite(added):
+        raise ArtifactError(f"reward_bias: {added!r} is no finite number", where=str(path / "config.json"))
 
 
 def _check_layers(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], path: Path) -> None:
@@ -245,3 +427,14 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Be silent about a head that comes and a head that goes."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

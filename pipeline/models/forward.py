@@ -1,4 +1,6 @@
-"""Forward passes over finished responses: log-probabilities and entropies, never more than a chunk of logits at once.
+"""Forward passes over finished responses: log-probabilities, entropies, values and scores.
+
+Never more than a chunk of logits exists at once. Rows are padded on the right; which token pads does not matter.
 
 Shapes: B responses, T response tokens, L prompt plus response tokens, N response tokens of all rows, V vocabulary.
 """
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
+from pipeline.models.checkpoint import reward_bias
 
 # Logits that are not hidden state times head; these families would silently get wrong log-probabilities.
 LOGITS_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -26,6 +29,15 @@ class ResponseLogprobs(NamedTuple):
     """True on response tokens."""
     entropies: Float[Tensor, "B T"] | None
     """Entropy of the distribution that each token was drawn from, in nats; None unless asked for."""
+
+
+class ResponseValues(NamedTuple):
+    """What a critic expects of responses. Positions outside `mask` hold 0."""
+
+    values: Float[Tensor, "B T"]
+    """Value before each response token is chosen, float32."""
+    mask: Bool[Tensor, "B T"]
+    """True on response tokens."""
 
 
 def response_logprobs(
@@ -51,17 +63,10 @@ def response_logprobs(
     """
     if changed := [name for name in LOGITS_CHANGED_BY if getattr(model.config, name, None) not in (None, 1, 1.0)]:
         raise ExperimentError(f"log-probabilities of models with {', '.join(changed)} are not supported")
-    if empty := [row for row, prompt in enumerate(prompt_tokens) if not prompt]:
-        raise ContractError("a response token needs a token before it", where=f"rows {empty[:5]} have empty prompts")
+    _refuse_empty_prompts(prompt_tokens)
     head = model.get_output_embeddings()
-    tokens, attended, mask, places = _batch(prompt_tokens, response_tokens, head.weight.device)
-    hidden = model.base_model(
-        input_ids=tokens,
-        attention_mask=attended.long(),
-        position_ids=torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens),
-        use_cache=False,
-    ).last_hidden_state
-    rows, positions = places
+    tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, head.weight.device)
+    hidden = _hidden(model, tokens, attended)
     before, targets = hidden[rows, positions - 1], tokens[rows, positions]
 
     parts = [
@@ -69,8 +74,47 @@ def response_logprobs(
         for start in range(0, len(targets), chunk)
     ]
     logprobs = _scatter([part[0] for part in parts], mask)
-    _check(logprobs, mask)
+    _check(mask & ~(torch.isfinite(logprobs) & (logprobs <= 0)), logprobs, "a log-probability", "the policy")
     return ResponseLogprobs(logprobs, mask, _scatter([part[1] for part in parts], mask) if entropy else None)
+
+
+def response_values(
+    model: Any, prompt_tokens: Sequence[Sequence[int]], response_tokens: Sequence[Sequence[int]]
+) -> ResponseValues:
+    """Value before each response token is chosen: what the critic expects of prompt and response so far.
+
+        V_t = w . h_{t-1} + b        h_{t-1}: last hidden state at the token before response token t
+
+    The first value of a row is read at the prompt's last token; none is read at the response's last token. The head of
+    `model` is `score`; its dropout is not called.
+    Raises `ContractError` for an empty prompt, `NumericsError` naming the rows whose value is not finite.
+    """
+    _refuse_empty_prompts(prompt_tokens)
+    tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, model.score.weight.device)
+    before = _hidden(model, tokens, attended)[rows, positions - 1]
+    values = _scatter([model.score(before).float()[:, 0]], mask)
+    _check(mask & ~torch.isfinite(values), values, "a value", "the critic")
+    return ResponseValues(values, mask)
+
+
+def response_scores(
+    model: Any, prompt_tokens: Sequence[Sequence[int]], response_tokens: Sequence[Sequence[int]]
+) -> Float[Tensor, " B"]:
+    """Score of each whole response: the reward model's head at its last token, plus the reward model's bias.
+
+        r = w . h_last + bias        bias: `reward_bias` of the config (arXiv:2203.02155, section 3.5), 0 without one
+
+    The last token is that of the row's response, whatever token pads. The head of `model` is `score`; float32.
+    Raises `ContractError` for an empty response, `NumericsError` naming the rows whose score is not finite.
+    """
+    if empty := [row for row, response in enumerate(response_tokens) if not response]:
+        raise ContractError("a response without a token has no score", where=f"rows {empty[:5]}")
+    tokens, attended, _, _ = _batch(prompt_tokens, response_tokens, model.score.weight.device)
+    last = attended.sum(dim=1) - 1
+    hidden = _hidden(model, tokens, attended)[torch.arange(len(last), device=last.device), last]
+    scores: Tensor = model.score(hidden).float()[:, 0] + reward_bias(model)
+    _check(~torch.isfinite(scores)[:, None], scores[:, None], "a score", "the reward model")
+    return scores
 
 
 def _batch(
@@ -117,11 +161,26 @@ def _scatter(parts: list[Tensor], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B
     return padded.masked_scatter(mask, torch.cat(parts)) if parts else padded
 
 
-def _check(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> None:
-    wrong = mask & ~(torch.isfinite(logprobs) & (logprobs <= 0))
+def _check(wrong: Bool[Tensor, "B T"], numbers: Float[Tensor, "B T"], what: str, model: str) -> None:
     if wrong.any():
         rows = wrong.any(dim=1).nonzero()[:, 0].tolist()
-        worst = float(logprobs.detach()[wrong][0])
+        worst = float(numbers.detach()[wrong][0])
         raise NumericsError(
-            f"a log-probability is {worst}", where=f"rows {rows[:5]} of {len(mask)}", do="check the policy's tensors"
+            f"{what} is {worst}", where=f"rows {rows[:5]} of {len(wrong)}", do=f"check the tensors of {model}"
         )
+
+
+def _refuse_empty_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    if empty := [row for row, prompt in enumerate(prompts) if not prompt]:
+        raise ContractError("a response token needs a token before it", where=f"rows {empty[:5]} have empty prompts")
+
+
+def _hidden(model: Any, tokens: Int[Tensor, "B L"], attended: Bool[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+    """The last hidden states, of the model without its head."""
+    states: Tensor = model.base_model(
+        input_ids=tokens,
+        attention_mask=attended.long(),
+        position_ids=torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens),
+        use_cache=False,
+    ).last_hidden_state
+    return states

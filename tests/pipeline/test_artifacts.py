@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of, place_of
-from pipeline.contracts import DOCUMENTS, POLICY, PROMPTS, ROLLOUTS
+from pipeline.contracts import CRITIC, DOCUMENTS, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
 from pipeline.errors import ArtifactError, ContractError
 
 FINGERPRINT = "ab" * 32
@@ -302,6 +302,40 @@ def test_a_checkpoint_from_elsewhere_is_named_by_its_bytes(tmp_path):
     assert Artifact.open(tmp_path / "copy", POLICY).manifest.digest == one.manifest.digest
     (folder / "deep" / "weights").write_bytes(b"2")
     assert Artifact.open(folder, POLICY).manifest.digest != one.manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("contract", "architecture", "other"),
+    [
+        (REWARD_MODEL, "Qwen3ForSequenceClassification", "Qwen3ForTokenClassification"),
+        (CRITIC, "Qwen3ForTokenClassification", "Qwen3ForCausalLM"),
+    ],
+    ids=["reward_model", "critic"],
+)
+def test_a_reward_model_or_critic_from_elsewhere_must_say_that_it_is_one(tmp_path, contract, architecture, other):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"architectures": [architecture]}))
+    adopted = Artifact.open(tmp_path, contract)
+    assert (adopted.manifest.kind, adopted.manifest.stage, adopted.contract) == (contract.name, "elsewhere", contract)
+    for text in (json.dumps({"architectures": [other]}), '{"architectures": null}', "{}", "[]"):
+        config.write_text(text)
+        with pytest.raises(ArtifactError, match=f"not a {contract.name}") as caught:
+            Artifact.open(tmp_path, contract)
+        assert (caught.value.where, f"`{contract.name}` artifact" in caught.value.do) == (str(config), True)
+    config.write_bytes(b"\xff{")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        Artifact.open(tmp_path, contract)
+
+
+@pytest.mark.parametrize("made", [POLICY, REWARD_MODEL, CRITIC], ids=lambda contract: contract.name)
+def test_a_made_checkpoint_of_another_kind_is_refused(tmp_path, made):
+    out = outbox(tmp_path / "made", contract=made)
+    (out.path / "config.json").write_text("{}")
+    path = out.commit().path
+    assert Artifact.open(path, made).contract == made
+    for other in {POLICY, REWARD_MODEL, CRITIC} - {made}:
+        with pytest.raises(ArtifactError, match=f"expected {other.name}, found {made.name}"):
+            Artifact.open(path, other)
 
 
 def test_a_checkpoint_that_a_stage_made_is_one_directory_of_files(tmp_path):

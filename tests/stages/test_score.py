@@ -4,11 +4,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
+from pipeline.algorithms.bind import bind
 from pipeline.contracts import LABELS, ROLLOUTS
 from pipeline.errors import ArtifactError, ContractError, ExperimentError, InputError
-from stages.score import Settings, mismatch, score
+from pipeline.experiment import Experiment
+from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, save
+from stages.score import Settings, divergence, length_correlation, mismatch, score, spread
 
 
 def settings(*needs, **changes):
@@ -85,8 +93,13 @@ def test_a_model_that_is_needed_and_not_named(rollouts, policy, tmp_path):
         score.run(tmp_path / "b", settings("old_logprobs"), rollouts=[rollouts.path], reference=policy.path)
     with pytest.raises(InputError, match="asks no model"):
         score.run(tmp_path / "d", settings(), rollouts=[rollouts.path], policy=policy.path)
+    with pytest.raises(InputError, match="values needs a critic"):
+        score.run(tmp_path / "e", settings("values"), rollouts=[rollouts.path], policy=policy.path)
+    with pytest.raises(InputError, match="reward_scores needs a reward_model") as error:
+        score.run(tmp_path / "f", settings("reward_scores"), rollouts=[rollouts.path], policy=policy.path)
+    assert "--reward-model PATH" in error.value.do
     with pytest.raises(ExperimentError, match="needs"):
-        settings("values")
+        settings("returns")
     with pytest.raises(ArtifactError, match="no such checkpoint"):
         score.run(tmp_path / "c", settings("old_logprobs"), rollouts=[rollouts.path], policy=tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
@@ -151,3 +164,133 @@ def test_rounds_are_joined_in_order(by_hand, rollouts, policy, tmp_path):
     made.check()
     keys = [(row["prompt_id"], row["sample"]) for row in (*rows[:4], *rows[8:12])]
     assert [(row["prompt_id"], row["sample"]) for row in made.table().to_pylist()] == keys
+
+
+BIAS = 0.25
+
+
+@pytest.fixture(scope="module")
+def judges(room, policy):
+    """A critic and a reward model with heads of some opinion."""
+    tokenizer = AutoTokenizer.from_pretrained(policy.path)
+    made = {"critic": fresh_critic(policy.path, 1), "reward_model": fresh_reward_model(policy.path, 2)}
+    made["reward_model"].config.reward_bias = BIAS
+    for name, model in made.items():
+        model.score.weight.data *= 10
+        save(model, tokenizer, room / name)
+    return {name: room / name for name in made}
+
+
+@pytest.fixture(scope="module")
+def all_scores(room, rollouts, labels, policy, other_policy, judges):
+    return score.run(
+        room / "all-scores", settings("old_logprobs", "ref_logprobs", "values", "reward_scores", micro_batch_tokens=99),
+        rollouts=[rollouts.path], labels=[labels.path], policy=policy.path, reference=other_policy, **judges,
+    )  # fmt: skip
+
+
+def test_all_four_models_in_one_go(all_scores, scores, rollouts, labels, judges, sound):
+    sound(all_scores)
+    table = all_scores.table()
+    names = ["prompt_id", "sample", "old_logprobs", "ref_logprobs", "values", "reward_scores"]
+    assert table.column_names == names
+    for name in ("old_logprobs", "ref_logprobs"):
+        both = [np.concatenate(made.table()[name].to_pylist()) for made in (all_scores, scores)]
+        np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
+    critic = AutoModelForTokenClassification.from_pretrained(judges["critic"])
+    reward_model = AutoModelForSequenceClassification.from_pretrained(judges["reward_model"])
+    reward_model.config.pad_token_id = None  # it reads the last token of a row alone
+    rows = rollouts.table().filter(labels.table()["keep"]).to_pylist()
+    assert len(rows) == table.num_rows
+    for got, row in zip(table.to_pylist(), rows, strict=True):
+        tokens, start = torch.tensor([row["prompt_tokens"] + row["response_tokens"]]), len(row["prompt_tokens"])
+        with torch.no_grad():
+            values, judged = critic(tokens).logits[0, start - 1 : -1, 0], reward_model(tokens).logits.item()
+        np.testing.assert_allclose(got["values"], values, rtol=1e-4, atol=1e-5)
+        assert got["reward_scores"] == pytest.approx(judged + BIAS, rel=1e-4, abs=1e-5)
+
+
+def test_what_is_measured_of_four_models(all_scores, scores, rollouts, labels, numbers):
+    rows = all_scores.table().to_pylist()
+    gaps = [np.subtract(row["old_logprobs"], row["ref_logprobs"]) for row in rows]
+    values, judged = np.concatenate([row["values"] for row in rows]), np.array([row["reward_scores"] for row in rows])
+    kept = rollouts.table().filter(labels.table()["keep"])
+    lengths = [len(tokens) for tokens in kept["response_tokens"].to_pylist()]
+    expected = {
+        "kl/reference": np.concatenate(gaps).mean(),
+        "kl/reference_sum": np.mean([gap.sum() for gap in gaps]),
+        "value/mean": values.mean(),
+        "value/std": values.std(),
+        "reward_scores/mean": judged.mean(),
+        "reward_scores/std": judged.std(),
+        "reward_scores/length_correlation": np.corrcoef(judged, lengths)[0, 1],
+    }
+    measured = numbers(all_scores)
+    for name, value in expected.items():
+        assert measured[name, 0] == pytest.approx(value, rel=1e-5), name
+        assert all_scores.stats[name] == measured[name, 0]
+    assert scores.stats["kl/reference_sum"] == pytest.approx(expected["kl/reference_sum"], rel=1e-4)
+    assert not [name for name in scores.stats if name.startswith(("value/", "reward_scores/"))]
+
+
+def test_a_judgement_before_there_are_labels_needs_no_policy(rollouts, judges, sound, tmp_path):
+    made = score.run(
+        tmp_path / "judgements",
+        settings("reward_scores"),
+        rollouts=[rollouts.path],
+        reward_model=judges["reward_model"],
+    )
+    sound(made)
+    assert made.table().column_names == ["prompt_id", "sample", "reward_scores"]
+    assert made.stats["rows"] == 48
+    assert not [name for name in made.stats if name.startswith("kl/")]
+
+
+@pytest.mark.parametrize(
+    ("need", "model", "message"),
+    [
+        ("values", "policy", "not a critic"), ("values", "reward_model", "not a critic"),
+        ("reward_scores", "critic", "not a reward_model"), ("old_logprobs", "critic", "not a causal language model"),
+    ],
+)  # fmt: skip
+def test_a_model_in_the_place_of_another_is_refused(rollouts, other_policy, judges, tmp_path, need, model, message):
+    place = {"values": "critic", "reward_scores": "reward_model", "old_logprobs": "policy"}[need]
+    with pytest.raises(ArtifactError, match=message):
+        score.run(
+            tmp_path / "out", settings(need), rollouts=[rollouts.path],
+            **{place: {"policy": other_policy, **judges}[model]},
+        )  # fmt: skip
+
+
+def test_divergence_by_hand():
+    old, ref = (pa.array(rows, pa.list_(pa.float32())) for rows in ([[-1, -2], [-3]], [[-2, -2], [-2.5]]))
+    assert divergence(old, ref) == {
+        "kl/reference": (pytest.approx((1 + 0 - 0.5) / 3), "nat"),
+        "kl/reference_sum": (pytest.approx((1 - 0.5) / 2), "nat"),
+    }
+    assert spread("x", np.array([1.0, 3.0])) == {"x/mean": (2.0, "reward"), "x/std": (1.0, "reward")}
+
+
+@pytest.mark.parametrize(
+    ("scores", "lengths", "expected"),
+    [([1, 2, 3], [2, 4, 6], 1.0), ([1, 2, 3], [6, 4, 2], -1.0), ([1, 1], [2, 4], None), ([1, 2], [4, 4], None)],
+)
+def test_length_correlation_by_hand(scores, lengths, expected):
+    found = length_correlation(np.array(scores), np.array(lengths))
+    assert [value for value, _ in found.values()] == ([] if expected is None else [pytest.approx(expected)])
+
+
+def test_the_experiment_asks_after_labelling_and_for_a_judgement_by_name(tmp_path):
+    path = tmp_path / "e.toml"
+    path.write_text(
+        'recipe = "grpo"\n[recipe_changes.grpo]\nlabel = {kind = "reward_model"}\nupdate = {temperature = 0.7}\n'
+        '[models.new]\nlayers = 2\n[data.demonstrations]\nsource = "arithmetic"\n'
+        '[data.prompts]\nsource = "arithmetic"\n'
+        "[scale]\niterations = 1\ngroups = 1\nprompt_tokens = 8\nresponse_tokens = 8\nlearning_rate = 1e-3\n"
+    )
+    experiment = Experiment.load(path)
+    assert "reward_scores" in bind(experiment.recipe).needs
+    after = Settings.of(experiment)
+    assert (after.needs, after.temperature) == (("old_logprobs", "ref_logprobs"), 0.7)
+    assert experiment.recipe.rollout.temperature == 1.0
+    assert Settings.of(experiment, {"needs": ["reward_scores"]}).needs == ("reward_scores",)

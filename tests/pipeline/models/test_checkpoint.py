@@ -1,15 +1,41 @@
 """Checkpoints: what is saved is loaded, what is damaged is named."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+)
 
-from pipeline.errors import ArtifactError
-from pipeline.models.checkpoint import inspect, load_policy, save
+from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.models.checkpoint import (
+    HEAD_STD,
+    fresh_critic,
+    fresh_reward_model,
+    inspect,
+    load_critic,
+    load_policy,
+    load_reward_model,
+    reward_bias,
+    save,
+)
 from pipeline.models.fresh import ModelSpec, create
+
+LOAD = {"policy": load_policy, "reward_model": load_reward_model, "critic": load_critic}
+CLASS = {
+    "policy": AutoModelForCausalLM,
+    "reward_model": AutoModelForSequenceClassification,
+    "critic": AutoModelForTokenClassification,
+}
+HEADED = ["reward_model", "critic"]
 
 
 def edit(checkpoint, change):
@@ -202,3 +228,190 @@ def test_another_vocabulary_is_named(checkpoint):
 def test_loading_what_is_not_there_is_an_artifact_error(tmp_path):
     with pytest.raises(ArtifactError, match="cannot load the policy"):
         load_policy(tmp_path, "float32")
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_a_model_with_a_head_is_inspected_and_loaded_by_us_and_by_plain_transformers(judges, policy, kind, capfd):
+    facts = inspect(judges / kind, kind)
+    assert facts.architecture == {"reward_model": "Qwen3ForSequenceClassification"}.get(
+        kind, "Qwen3ForTokenClassification"
+    )
+    assert (facts.layers, facts.width, facts.vocab_size) == (2, 64, len(policy[1]))
+    loaded = LOAD[kind](judges / kind, "float32")
+    assert not loaded.training
+    assert facts.parameters == sum(p.numel() for p in loaded.parameters())
+    assert loaded.state_dict()["model.layers.1.mlp.up_proj.weight"].equal(policy[0].model.layers[1].mlp.up_proj.weight)
+    assert capfd.readouterr() == ("", "")
+    plain, loading = CLASS[kind].from_pretrained(judges / kind, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert plain.num_labels == 1
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_saving_a_model_with_a_head_twice_writes_the_same_bytes(judges, policy, tmp_path, kind):
+    model = LOAD[kind](judges / kind, "float32")
+    save(model, policy[1], tmp_path / "again")
+    assert sorted(file.name for file in (judges / kind).iterdir()) == sorted(
+        f.name for f in (tmp_path / "again").iterdir()
+    )
+    for file in (judges / kind).iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("given", CLASS)
+@pytest.mark.parametrize("wanted", CLASS)
+def test_a_model_of_another_kind_is_refused(judges, given, wanted):
+    if given == wanted:
+        inspect(judges / given, wanted)
+        return
+    name = {"policy": "a causal", "reward_model": "a sequence classification", "critic": "a token classification"}[
+        wanted
+    ]
+    with pytest.raises(ArtifactError, match=f"not {name}") as caught:
+        inspect(judges / given, wanted)
+    assert wanted.replace("_", " ") in caught.value.do
+    with pytest.raises(ArtifactError, match=r"no tensor for|not a"):
+        LOAD[wanted](judges / given, "float32")
+
+
+def test_a_tied_policy_does_not_hide_that_a_reward_model_is_none(texts, tmp_path):
+    save(*create(ModelSpec(layers=1, width=32, heads=1, kv_heads=1, tied=True), texts, 1), tmp_path / "policy")
+    save(
+        fresh_reward_model(tmp_path / "policy", 0), AutoTokenizer.from_pretrained(tmp_path / "policy"), tmp_path / "rm"
+    )
+    assert inspect(tmp_path / "rm", "reward_model").tied
+    with pytest.raises(ArtifactError, match="not a causal language model"):
+        load_policy(tmp_path / "rm", "float32")
+
+
+@pytest.fixture
+def copied(judges, tmp_path):
+    return lambda kind: shutil.copytree(judges / kind, tmp_path / kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("reward_model", lambda t: t.pop("score.weight"), r"score\.weight: missing, expected \[1, 64\]"),
+        ("critic", lambda t: t.update({"score.weight": torch.zeros(2, 64)}), r"score\.weight: \[2, 64\]"),
+        ("critic", lambda t: t.update({"score.bias": torch.zeros(2)}), r"score\.bias: \[2\], expected \[1\]"),
+        ("critic", lambda t: t["score.bias"].fill_(torch.nan), r"score\.bias has 1 of 1 numbers not finite"),
+        ("reward_model", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "missing in layer 1"),
+    ],
+)
+def test_a_damaged_head_is_named(copied, kind, change, message):
+    path = copied(kind)
+    edit(path, change)
+    with pytest.raises(ArtifactError, match=message):
+        inspect(path, kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "the config has 2 labels"),
+        ({"id2label": "gone", "num_labels": 3}, "the config has 3 labels"),
+        ({"id2label": "gone"}, "the config has 2 labels"),
+        ({"reward_bias": float("nan")}, "reward_bias: nan"),
+        ({"reward_bias": "much"}, "reward_bias: 'much'"),
+    ],
+)
+def test_a_config_that_does_not_fit_a_reward_model_is_named(copied, change, message):
+    path = copied("reward_model")
+    edit_config(path, **change)
+    with pytest.raises(ArtifactError, match=message):
+        inspect(path, "reward_model")
+
+
+def test_a_number_of_labels_is_as_good_as_their_names(copied):
+    path = copied("reward_model")
+    edit_config(path, id2label="gone", label2id="gone", num_labels=1)
+    assert inspect(path, "reward_model").width == 64
+    assert load_reward_model(path, "float32").num_labels == 1
+
+
+@pytest.mark.parametrize("make", [fresh_reward_model, fresh_critic])
+def test_a_new_head_is_a_function_of_the_seed_and_of_nothing_else(judges, make, capfd):
+    torch.manual_seed(5)
+    one = make(judges / "policy", 7)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)
+    torch.manual_seed(6)
+    same, other = make(judges / "policy", 7), make(judges / "policy", 8)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), same.state_dict().values(), strict=True))
+    assert not torch.equal(one.score.weight, other.score.weight)
+    assert torch.equal(one.model.embed_tokens.weight, other.model.embed_tokens.weight)
+    assert one.score.weight.std().item() == pytest.approx(HEAD_STD, rel=0.4)
+    assert one.score.bias is None or one.score.bias.item() == 0
+    assert reward_bias(one) == 0 and one.dtype == torch.float32
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_critic_of_a_reward_model_says_what_the_reward_model_says(judges, policy, tmp_path):
+    critic, start = fresh_critic(judges / "reward_model", 0), load_reward_model(judges / "reward_model", "float32")
+    assert torch.equal(critic.score.weight, start.score.weight)
+    assert critic.score.bias.item() == reward_bias(start) == -0.75
+    save(critic, policy[1], tmp_path / "critic")
+    assert "reward_bias" not in json.loads((tmp_path / "critic" / "config.json").read_text())
+    assert inspect(tmp_path / "critic", "critic").layers == 2
+
+
+def test_the_critic_of_a_critic_is_that_critic(judges):
+    again, critic = fresh_critic(judges / "critic", 9), load_critic(judges / "critic", "float32")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in critic.state_dict().items())
+
+
+def test_a_reward_model_without_the_key_has_no_bias(copied):
+    path = copied("reward_model")
+    edit_config(path, reward_bias="gone")
+    inspect(path, "reward_model")
+    assert reward_bias(load_reward_model(path, "float32")) == 0.0
+    assert fresh_critic(path, 0).score.bias.item() == 0.0
+
+
+def test_a_head_is_not_put_on_what_is_no_policy(judges, copied):
+    with pytest.raises(ArtifactError, match="not a causal language model"):
+        fresh_reward_model(judges / "critic", 0)
+    path = copied("policy")
+    edit_config(path, architectures=["BertModel"])
+    with pytest.raises(ArtifactError, match=r"neither policy nor .*BertModel"):
+        fresh_critic(path, 0)
+    edit_config(path, architectures=["Qwen3ForCausalLM"])
+    edit(path, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ArtifactError, match=r"no tensor for.*model\.norm\.weight"):
+        fresh_critic(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=8), "has no head named score"),
+        (
+            Gemma3TextConfig(
+                num_hidden_layers=1, hidden_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
+                intermediate_size=8, vocab_size=8,
+            ),
+            "no critic can be made of a gemma3_text",
+        ),
+    ],
+    ids=["gpt2", "gemma3"],
+)  # fmt: skip
+def test_a_family_without_such_a_head_is_refused(tmp_path, config, message):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    edit_config(tmp_path, vocab_size=8, hidden_size=8, num_hidden_layers=1, max_position_embeddings=8)
+    with pytest.raises(ExperimentError, match=message):
+        fresh_critic(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("pad", "written"), [("<pad>", 0), ("<eos>", 2), (None, 2)])
+def test_padding_is_written_as_a_token_that_ends_nothing_or_not_at_all(policy, judges, tmp_path, pad, written):
+    tokenizer = AutoTokenizer.from_pretrained(judges / "policy")
+    tokenizer.pad_token = pad
+    model = load_reward_model(judges / "reward_model", "float32")
+    for own, expected in ((2, written), (tokenizer.eos_token_id, 0 if pad == "<pad>" else None)):
+        model.config.pad_token_id = own
+        save(model, tokenizer, tmp_path / "saved")
+        assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("pad_token_id") == expected
+        assert model.config.pad_token_id == own

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
-from pipeline.models.forward import response_logprobs
+from pipeline.models.checkpoint import load_critic, load_reward_model
+from pipeline.models.forward import response_logprobs, response_scores, response_values
 
 PROMPTS = [[5, 6, 7], [9], [4] * 20, [8, 3]]
 RESPONSES = [[10, 11, 1], [12] * 9, [7], []]
@@ -157,3 +159,119 @@ def test_a_model_that_bends_its_logits_is_refused(model):
             response_logprobs(model, [[5]], [[6]])
     finally:
         del model.config.final_logit_softcapping
+
+
+ANSWERED = PROMPTS[:3], RESPONSES[:3]
+"""Rows whose responses have a token."""
+
+
+@pytest.fixture
+def critic(judges):
+    return load_critic(judges / "critic", "float32")
+
+
+@pytest.fixture
+def reward_model(judges):
+    return load_reward_model(judges / "reward_model", "float32")
+
+
+def plain_values(critic, prompt, response):
+    """One row at a time, by the model's own forward pass."""
+    logits = critic(torch.tensor([prompt + response])).logits[0, :, 0]
+    return logits[len(prompt) - 1 : len(prompt) + len(response) - 1]
+
+
+def test_values_before_each_token_equal_those_of_the_plain_class(judges, critic):
+    plain = AutoModelForTokenClassification.from_pretrained(judges / "critic").eval()
+    with torch.no_grad():
+        found = response_values(critic, PROMPTS, RESPONSES)
+        assert found.values.shape == found.mask.shape == (4, 9)
+        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            assert found.mask[row].sum() == len(response)
+            expected = plain_values(plain, prompt, response)
+            assert torch.allclose(found.values[row][found.mask[row]], expected, atol=1e-5)
+        assert (found.values[~found.mask] == 0).all()
+    assert found.values[found.mask].std() > 0.1
+
+
+def test_a_value_does_not_know_its_token(critic):
+    with torch.no_grad():
+        one, other = (response_values(critic, [[5, 6]], [[10, last]]).values[0] for last in (11, 12))
+        changed = response_values(critic, [[5, 6]], [[11, 11]]).values[0]
+    assert torch.equal(one, other)
+    assert one[0] == changed[0] and one[1] != changed[1]
+
+
+@pytest.mark.parametrize("pad", [0, 1, 11, 40, None], ids=["pad", "end", "in a response", "other", "none"])
+def test_scores_are_read_at_the_last_token_whatever_pads(judges, reward_model, pad):
+    plain = AutoModelForSequenceClassification.from_pretrained(judges / "reward_model").eval()
+    plain.config.pad_token_id = None  # it reads the last token of a row alone
+    reward_model.config.pad_token_id = pad
+    with torch.no_grad():
+        found = response_scores(reward_model, *ANSWERED)
+        for row, (prompt, response) in enumerate(zip(*ANSWERED, strict=True)):
+            expected = plain(torch.tensor([prompt + response])).logits.item() - 0.75
+            assert found[row].item() == pytest.approx(expected, abs=1e-5)
+    assert found.shape == (3,) and found.dtype == torch.float32
+    assert found.std() > 0.1
+
+
+def test_a_padded_batch_of_plain_transformers_scores_the_same_but_for_the_bias(judges, reward_model, policy):
+    plain = AutoModelForSequenceClassification.from_pretrained(judges / "reward_model").eval()
+    assert plain.config.pad_token_id == policy[1].pad_token_id
+    rows = [prompt + response for prompt, response in zip(*ANSWERED, strict=True)]
+    batch = policy[1].pad({"input_ids": rows}, return_tensors="pt")
+    assert batch["attention_mask"].sum() < batch["input_ids"].numel()
+    with torch.no_grad():
+        expected = plain(**batch).logits[:, 0] - 0.75
+        assert torch.allclose(response_scores(reward_model, *ANSWERED), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", ["value", "score"])
+def test_gradients_of_heads_equal_the_plain_computation_and_dropout_is_never_called(critic, reward_model, number):
+    model = critic if number == "value" else reward_model
+    assert number != "value" or model.dropout.p > 0
+
+    def plain(prompt, response):
+        if number == "value":
+            return plain_values(model, prompt, response).square().sum()
+        return (model(torch.tensor([prompt + response])).logits - 0.75).square().sum()
+
+    model.train()
+    found = response_values(model, *ANSWERED).values if number == "value" else response_scores(model, *ANSWERED)
+    found.square().sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.eval()
+    model.config.pad_token_id = None
+    model.zero_grad()
+    sum(plain(prompt, response) for prompt, response in zip(*ANSWERED, strict=True)).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0
+        assert torch.allclose(ours[name], p.grad, atol=1e-5 * float(p.grad.abs().max()) + 1e-6), name
+
+
+def test_padding_and_company_change_no_value_and_no_score(critic, reward_model):
+    company = [PROMPTS[0], [3] * 50, [4]], [RESPONSES[0], [5] * 30, [6] * 2]
+    with torch.no_grad():
+        values = [response_values(critic, *rows).values[0, :3] for rows in ((PROMPTS[:1], RESPONSES[:1]), company)]
+        scores = [response_scores(reward_model, *rows)[0] for rows in ((PROMPTS[:1], RESPONSES[:1]), company)]
+    assert torch.allclose(*values, atol=1e-5)
+    assert torch.allclose(*scores, atol=1e-5)
+
+
+def test_rows_that_cannot_be_read_are_refused(critic, reward_model):
+    with pytest.raises(ContractError, match="before it") as caught:
+        response_values(critic, [[5], []], [[1], [1]])
+    assert "[1]" in caught.value.where
+    with pytest.raises(ContractError, match="no score") as caught:
+        response_scores(reward_model, PROMPTS, RESPONSES)
+    assert "[3]" in caught.value.where
+
+
+def test_a_value_or_a_score_that_is_not_finite_is_refused_with_its_rows(critic, reward_model):
+    for model, read, what in ((critic, response_values, "value"), (reward_model, response_scores, "score")):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[9] = torch.inf
+        with pytest.raises(NumericsError, match=f"a {what} is nan") as caught:
+            read(model, *ANSWERED)
+        assert caught.value.where == "rows [1] of 3"
