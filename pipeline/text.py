@@ -82,6 +82,17 @@ class Chat:
         tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
         return [*tokens, int(self.tokenizer.eos_token_id)] if finished else tokens
 
+    def document_tokens(self, text: str, limit: int) -> list[list[int]]:
+        """Tokens of a plain text, without chat template, in windows of at most `limit` tokens.
+
+        The start token comes first where the tokenizer has one, the end token last. No token is lost but where fewer
+        than two are left for a window: there is nothing to predict in it.
+        """
+        start = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        whole = [*start, *self.tokenizer.encode(text, add_special_tokens=False), int(self.tokenizer.eos_token_id)]
+        windows = (whole[index : index + limit] for index in range(0, len(whole), limit))
+        return [window for window in windows if len(window) > 1]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,29 +1,26 @@
-"""demonstrations (, policy) -> policy: next-token likelihood on the assistant's tokens; a new model if none given."""
+"""demonstrations (, policy, documents) -> policy: likelihood of the assistant's tokens; a new model if none given."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Self
 
-import numpy as np
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from pipeline.algorithms.losses import nll
 from pipeline.artifacts import Artifact, Outbox
-from pipeline.contracts import DEMONSTRATIONS, POLICY
+from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, POLICY
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.device import device
-from pipeline.models.forward import response_logprobs
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
+from pipeline.training import batches
 from pipeline.training.batches import Rows
-from pipeline.training.loop import Losses, Plan, fit
+from pipeline.training.imitation import Example, Imitation, windows
+from pipeline.training.loop import Plan, fit
 from pipeline.training.optimizer import adamw, cosine
 
 
@@ -35,7 +32,7 @@ class Settings(StageSettings):
     epochs: int = Field(1, ge=1)
     """Passes over the demonstrations."""
     batch: int = Field(64, ge=1)
-    """Demonstrations per optimizer step."""
+    """Examples per optimizer step."""
     learning_rate: float = Field(1e-5, gt=0)
     """Peak of the schedule."""
     warmup_share: float = Field(0.03, ge=0, le=1)
@@ -46,8 +43,10 @@ class Settings(StageSettings):
     """AdamW's, of all matrices."""
     gradient_clip: float = Field(1.0, gt=0)
     """Longest gradient; a longer one is scaled down to it."""
+    documents_share: float = Field(0.0, ge=0, lt=1)
+    """Share of an epoch's examples that are windows of documents; 0.1 in InstructGPT (arXiv:2203.02155, app. C.3)."""
     tokens: int = Field(1024, ge=1)
-    """Longer demonstrations are left out and counted, never cut."""
+    """Longer demonstrations are left out and counted, never cut; longer documents are cut into windows."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once."""
     seed: int = 0
@@ -72,58 +71,48 @@ class Settings(StageSettings):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to imitate, and the model to start from."""
+    """What to imitate, the model to start from, and plain text to mix in."""
 
     demonstrations: Annotated[Artifact, DEMONSTRATIONS]
     policy: Annotated[Artifact | None, POLICY] = None
+    documents: Annotated[Artifact | None, DOCUMENTS] = None
 
 
-@dataclass(frozen=True)
-class Imitation:
-    """The objective: mean negative log-likelihood over the assistant tokens of an optimizer step."""
-
-    prompts: list[list[int]]
-    """Tokens before the first one of the assistant."""
-    targets: list[list[int]]
-    masks: list[list[bool]]
-    """True on the assistant's tokens among the targets."""
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens per demonstration."""
-        return np.array([len(p) + len(t) for p, t in zip(self.prompts, self.targets, strict=True)])
-
-    def step(self, rows: Rows) -> int:
-        """The number of assistant tokens in the step."""
-        return sum(sum(self.masks[row]) for row in rows)
-
-    def losses(self, model: nn.Module, rows: Rows, step: int) -> Losses:
-        """Its share of the token mean over the step."""
-        out = response_logprobs(model, [self.prompts[r] for r in rows], [self.targets[r] for r in rows])
-        mask = torch.zeros_like(out.mask)
-        for index, row in enumerate(rows):
-            mask[index, : len(self.masks[row])] = torch.tensor(self.masks[row], device=mask.device)
-        total = (mask / step * nll(out.logprobs)).sum()
-        return Losses(total, {"loss/nll": float(total.detach())})
-
-    def names(self, rows: Rows) -> list[str]:
-        """Demonstrations by their number."""
-        return [f"demonstration {row}" for row in rows]
-
-
-def tokenized(conversations: list[Any], chat: Chat, limit: int) -> tuple[Imitation, int]:
-    """Demonstrations as tokens and masks, and how many were longer than `limit`."""
-    objective, too_long = Imitation([], [], []), 0
+def tokenized(conversations: list[Any], chat: Chat, limit: int) -> tuple[list[Example], int]:
+    """Demonstrations as examples whose assistant tokens are imitated, and how many were longer than `limit`."""
+    examples: list[Example] = []
+    too_long = 0
     for messages in conversations:
         tokens, mask = chat.demonstration(messages)
         if len(tokens) > limit:
             too_long += 1
             continue
         start = mask.index(True)
-        objective.prompts.append(tokens[:start])
-        objective.targets.append(tokens[start:])
-        objective.masks.append(mask[start:])
-    return objective, too_long
+        examples.append(Example(f"demonstration {len(examples)}", tokens[:start], tokens[start:], mask[start:]))
+    return examples, too_long
+
+
+def documents_per_epoch(demonstrations: int, share: float) -> int:
+    """How many documents are a share of all examples: d / (demonstrations + d) = share, rounded."""
+    return round(demonstrations * share / (1 - share))
+
+
+def mixed(demonstrations: int, documents: int, settings: Settings) -> list[Rows]:
+    """The rows of every optimizer step; rows from `demonstrations` on are windows of `documents`.
+
+    Every epoch has all demonstrations, and the next windows of an endless stream that is reshuffled at each pass.
+    """
+    extra = documents_per_epoch(demonstrations, settings.documents_share)
+    examples = demonstrations + extra
+    steps = max(1, round(examples / settings.batch))
+    plan = batches.dealt(examples, settings.epochs, steps, derive(settings.seed, "sft"))
+    if not extra:
+        return plan
+    stream = batches.drawn(documents, 0, extra * settings.epochs, derive(settings.seed, "sft documents"))
+    for index, rows in enumerate(plan):
+        drawn = rows >= demonstrations
+        rows[drawn] = demonstrations + stream[index // steps * extra + rows[drawn] - demonstrations]
+    return plan
 
 
 @stage(writes=POLICY, version=1, hardware="gpu")
@@ -131,24 +120,36 @@ def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Imitate demonstrations; create the model first where none is given."""
     conversations = inputs.demonstrations.table(["messages"])["messages"].to_pylist()
     model, chat = _model(inputs, settings, conversations, out)
-    objective, too_long = tokenized(conversations, chat, settings.tokens)
+    demonstrations, too_long = tokenized(conversations, chat, settings.tokens)
     out.stats["rejected"] = too_long
     out.metrics.add("rows/rejected", too_long, "rows")
-    if not objective.targets:
+    if not demonstrations:
         raise ContractError(
             f"all {too_long} demonstrations are longer than {settings.tokens} tokens", str(inputs.demonstrations.path),
             "raise scale.prompt_tokens or scale.response_tokens",
         )  # fmt: skip
-    steps_per_epoch = max(1, round(len(objective.targets) / settings.batch))
-    total = steps_per_epoch * settings.epochs
-    plan = Plan(
-        epochs=settings.epochs, minibatches=steps_per_epoch, micro_batch_tokens=settings.micro_batch_tokens,
-        gradient_clip=settings.gradient_clip, seed=derive(settings.seed, "sft"),
-    )  # fmt: skip
-    schedule = cosine(round(settings.warmup_share * total), total, settings.final_share)
+    documents = _documents(inputs, settings, chat)
+    steps = mixed(len(demonstrations), len(documents), settings)
+    taken = sum(int((rows >= len(demonstrations)).sum()) for rows in steps)
+    out.metrics.add("rows/documents", taken, "rows")
+    plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip)
+    schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    objective = Imitation([*demonstrations, *documents])
     out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics)
     checkpoint.save(model, chat.tokenizer, out.path)
+
+
+def _documents(inputs: Inputs, settings: Settings, chat: Chat) -> list[Example]:
+    """The windows to mix in; none where their share is 0."""
+    if not settings.documents_share:
+        return []
+    if inputs.documents is None:
+        raise ExperimentError(
+            f"documents_share = {settings.documents_share}, and there are no documents",
+            do="name some in the experiment as data.documents, or here with --documents PATH",
+        )
+    return windows(inputs.documents.table(["document_id", "text"]).to_pylist(), chat, settings.tokens)
 
 
 def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Outbox) -> tuple[nn.Module, Chat]:

@@ -1,4 +1,4 @@
-"""advantages, policy -> policy: the recipe's losses, weighted, summed and stepped."""
+"""advantages, policy (, documents) -> policy: the recipe's losses, weighted, summed and stepped."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline import ragged
-from pipeline.algorithms.losses import LOSSES
-from pipeline.algorithms.recipe import LossLine, Update
+from pipeline.algorithms.losses import LOSSES, ratios
+from pipeline.algorithms.recipe import LossLine, Mix, Update
 from pipeline.algorithms.shelf import Piece
 from pipeline.algorithms.weights import WEIGHTS
 from pipeline.artifacts import Artifact, Outbox
-from pipeline.contracts import ADVANTAGES, POLICY
-from pipeline.errors import ContractError
+from pipeline.contracts import ADVANTAGES, DOCUMENTS, POLICY
+from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.device import device
@@ -25,8 +25,11 @@ from pipeline.models.forward import response_logprobs
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
+from pipeline.training import batches
+from pipeline.training.averaging import Average
 from pipeline.training.batches import Rows
-from pipeline.training.loop import Losses, Plan, fit
+from pipeline.training.imitation import Example, Imitation, windows
+from pipeline.training.loop import Losses, Objective, Plan, fit
 from pipeline.training.optimizer import adamw, constant, load_state, save_state
 
 
@@ -36,9 +39,13 @@ class Settings(StageSettings):
     loss: tuple[LossLine, ...] = Field(min_length=1)
     """Recipe lines of the loss shelf; the terms are summed."""
     update: Update
-    """What tokens count, epochs and minibatches."""
+    """What tokens count, epochs and minibatches; the average of the weights."""
     temperature: float = Field(1.0, gt=0)
-    """Of the sampling: log-probabilities are of the distribution that was sampled from."""
+    """Divides the logits of the responses' log-probabilities, here as in `score`; documents are read at 1."""
+    mix: Mix | None = None
+    """Documents in every optimizer step; none when absent."""
+    document_tokens: int = Field(1024, ge=2)
+    """Longer documents are cut into windows of so many tokens."""
     learning_rate: float = Field(gt=0)
     """After the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -54,11 +61,12 @@ class Settings(StageSettings):
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`recipe.loss`, `recipe.update`; rates from `scale`."""
+        """`recipe.loss`, `recipe.update`, `recipe.mix`; rates and lengths from `scale`."""
         recipe, scale = experiment.recipe, experiment.scale
         named = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
         return {
-            "loss": recipe.loss, "update": recipe.update, "temperature": recipe.rollout.temperature,
+            "loss": recipe.loss, "update": recipe.update, "temperature": recipe.temperature, "mix": recipe.mix,
+            "document_tokens": scale.prompt_tokens + scale.response_tokens,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens, "seed": experiment.seed,
             **{name: getattr(scale, name) for name in named},
         }  # fmt: skip
@@ -66,10 +74,15 @@ class Settings(StageSettings):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to learn from, and the policy that wrote it."""
+    """What to learn from, the policy that wrote it, and plain text to mix in."""
 
     advantages: Annotated[Artifact, ADVANTAGES]
     policy: Annotated[Artifact, POLICY]
+    documents: Annotated[Artifact | None, DOCUMENTS] = None
+
+
+_MASKS = ("correct", "finished")
+"""Columns of the table that say which rows a term may be restricted to."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,13 @@ class Term:
 
     piece: Piece[Tensor]
     coef: float
-    correct_only: bool
+    on: str
+    """Rows whose tokens count: `all`, `correct` or `finished`."""
 
     @classmethod
     def of(cls, line: LossLine) -> "Term":
         """Take the piece of a loss line from its shelf."""
-        return cls(LOSSES.take(line), line.coef, line.on == "correct")
+        return cls(LOSSES.take(line), line.coef, line.on)
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class Improvement:
     """The objective: sum over terms of coef times the weighted sum of the term's token losses."""
 
     def __init__(
-        self, table: pa.Table, terms: Sequence[Term], weigh: Callable[[Tensor], Tensor], temperature: float
+        self, table: pa.Table, terms: Sequence[Term], weigh: Callable[[Tensor, Tensor], Tensor], temperature: float
     ) -> None:
         self.terms, self.weigh, self.temperature = terms, weigh, temperature
         self.prompts, self.responses = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
@@ -109,8 +123,12 @@ class Improvement:
             f"{i}/{s}" for i, s in zip(table["prompt_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
         ]
         self.mask = torch.from_numpy(ragged.mask_of(ragged.lengths(table["response_tokens"])))
-        self.correct = torch.tensor([bool(right) for right in table["correct"].to_pylist()])
-        names = ("advantages", "old_logprobs", "ref_logprobs", "values", "returns")
+        self.group = torch.from_numpy(np.unique(table["prompt_id"].to_pylist(), return_inverse=True)[1])
+        self.counted = {
+            "all": torch.ones(len(self.mask), dtype=torch.bool),
+            **{name: torch.tensor([bool(value) for value in table[name].to_pylist()]) for name in _MASKS},
+        }
+        names = ("advantages", "old_logprobs", "ref_logprobs")
         self.columns = {
             name: torch.from_numpy(ragged.pad(table[name], self.mask.shape[1]))
             for name in names
@@ -119,11 +137,10 @@ class Improvement:
 
     def step(self, rows: Rows) -> Weighed:
         """Weigh the tokens of a whole optimizer step, before it is cut."""
-        mask = self.mask[rows]
-        right = mask & self.correct[rows][:, None]
-        weights = [self.weigh(right if term.correct_only else mask) for term in self.terms]
+        mask, group = self.mask[rows], self.group[rows]
+        weights = [self.weigh(mask & self.counted[term.on][rows][:, None], group) for term in self.terms]
         place = {int(row): index for index, row in enumerate(rows)}
-        return Weighed(place, weights, WEIGHTS["token_mean"](mask))
+        return Weighed(place, weights, WEIGHTS["token_mean"](mask, group))
 
     def losses(self, model: nn.Module, rows: Rows, step: Weighed) -> Losses:
         """A micro-batch's share of the step's loss and numbers."""
@@ -146,37 +163,90 @@ class Improvement:
             total = total + term.coef * share
             parts[f"loss/{term.piece.name}"] = parts.get(f"loss/{term.piece.name}", 0.0) + float(share.detach())
         counts = step.token_mean[places][:, :width].to(device)
-        return Losses(total, parts | self._numbers({n: c.detach() for n, c in columns.items()}, counts))
+        shares, largest = self._numbers({name: column.detach() for name, column in columns.items()})
+        parts |= {name: float((counts * value).sum()) for name, value in shares.items()}
+        return Losses(total, parts, largest)
 
-    def _numbers(self, columns: Mapping[str, Tensor], counts: Tensor) -> dict[str, float]:
-        """Token means of what tells how the step goes."""
-        numbers = {"entropy/mean": columns["entropies"]}
+    def _numbers(self, columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What tells how the step goes: numbers per token, and the largest of others."""
+        numbers, largest = {"entropy/mean": columns["entropies"]}, {}
         if "ref_logprobs" in columns:
             d = columns["ref_logprobs"] - columns["logprobs"]
             numbers["kl/reference"] = torch.exp(d) - d - 1
         if "old_logprobs" in columns:
             d = columns["old_logprobs"] - columns["logprobs"]
             numbers["kl/old"] = torch.exp(d) - d - 1
-            numbers |= self._clipped(torch.exp(-d), columns["advantages"])
-        return {name: float((counts * value).sum()) for name, value in numbers.items()}
-
-    def _clipped(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        """Tokens whose gradient the clip stops, below and above."""
-        clips = [term.piece.settings for term in self.terms if "clip_low" in term.piece.settings]
-        if not clips:
-            return {}
-        low, high = float(clips[0]["clip_low"]), float(clips[0]["clip_high"])
-        return {
-            "clip/low": ((ratio < 1 - low) & (advantages < 0)).float(),
-            "clip/high": ((ratio > 1 + high) & (advantages > 0)).float(),
-        }
+            clip = next((term.piece.settings for term in self.terms if "clip_low" in term.piece.settings), {})
+            ratio = ratios(
+                columns["logprobs"], columns["old_logprobs"], columns["mask"], ratio=clip.get("ratio", "token")
+            )
+            largest["ratio/max"] = float(torch.where(columns["mask"], ratio, 0).max())
+            if clip:
+                low, high, advantages = 1 - clip["clip_low"], 1 + clip["clip_high"], columns["advantages"]
+                numbers["clip/low"] = ((ratio < low) & (advantages < 0)).float()
+                numbers["clip/high"] = ((ratio > high) & (advantages > 0)).float()
+        return numbers, largest
 
     def names(self, rows: Rows) -> list[str]:
         """Rows as prompt_id/sample."""
         return [self.keys[row] for row in rows]
 
 
-@stage(writes=POLICY, version=1, hardware="gpu")
+class Rehearsal:
+    """The objective with documents: its loss plus `coef` times the mean negative log-likelihood of their tokens.
+
+        L = L_policy + coef * L_documents         one gradient, one optimizer step (arXiv:2203.02155, appendix C.4)
+
+    Rows from `first` on are windows of documents.
+    """
+
+    def __init__(self, improvement: Improvement, documents: Sequence[Example], coef: float) -> None:
+        self.improvement, self.imitation, self.coef = improvement, Imitation(documents), coef
+        self.first = len(improvement.lengths)
+        self.lengths = np.concatenate([improvement.lengths, self.imitation.lengths])
+
+    def step(self, rows: Rows) -> tuple[Weighed, int]:
+        """Weigh the responses' tokens and count the documents'."""
+        responses, documents = self._apart(rows)
+        return self.improvement.step(responses), self.imitation.step(documents)
+
+    def losses(self, model: nn.Module, rows: Rows, step: tuple[Weighed, int]) -> Losses:
+        """A micro-batch's share of the step's loss and numbers, of whichever rows are in it."""
+        responses, documents = self._apart(rows)
+        if not len(documents):
+            return self.improvement.losses(model, responses, step[0])
+        read = self.imitation.losses(model, documents, step[1])
+        parts = {"loss/documents": float(read.total.detach())}
+        if not len(responses):
+            return Losses(self.coef * read.total, parts)
+        improved = self.improvement.losses(model, responses, step[0])
+        return Losses(improved.total + self.coef * read.total, {**improved.parts, **parts}, improved.largest)
+
+    def names(self, rows: Rows) -> list[str]:
+        """Responses as prompt_id/sample, documents by their id."""
+        responses, documents = self._apart(rows)
+        return [*self.improvement.names(responses), *self.imitation.names(documents)]
+
+    def _apart(self, rows: Rows) -> tuple[Rows, Rows]:
+        return rows[rows < self.first], rows[rows >= self.first] - self.first
+
+
+def with_documents(
+    steps: Sequence[Rows], per_response: float, first: int, count: int, cursor: int, seed: int
+) -> tuple[list[Rows], int]:
+    """Add round(`per_response` * rows) documents to each step, and return where the stream of documents stands then.
+
+    Documents are the `count` rows from `first` on; the stream goes on at place `cursor`.
+    """
+    mixed = []
+    for rows in steps:
+        wanted = round(per_response * len(rows))
+        mixed.append(np.concatenate([rows, first + batches.drawn(count, cursor, wanted, seed)]))
+        cursor += wanted
+    return mixed, cursor
+
+
+@stage(writes=POLICY, version=2, hardware="gpu")
 def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Step the policy along the recipe's losses."""
     table = inputs.advantages.table()
@@ -188,19 +258,52 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         )
     checkpoint.inspect(inputs.policy.path)
     model = checkpoint.load_policy(inputs.policy.path, "float32").to(device())
+    tokenizer = Chat(inputs.policy.path).tokenizer
     terms = [Term.of(line) for line in settings.loss]
-    objective = Improvement(table, terms, WEIGHTS[settings.update.weights], settings.temperature)
+    improvement = Improvement(table, terms, WEIGHTS[settings.update.weights], settings.temperature)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     taken = load_state(optimizer, inputs.policy.path)
-    plan = Plan(
-        epochs=settings.update.epochs, minibatches=settings.update.minibatches,
-        micro_batch_tokens=settings.micro_batch_tokens, gradient_clip=settings.gradient_clip,
-        seed=derive(settings.seed, "update", taken), first_step=taken,
+    plan = settings.update
+    steps = batches.dealt(table.num_rows, plan.epochs, plan.minibatches, derive(settings.seed, "update", taken))
+    objective, steps = _mixed(improvement, steps, inputs, settings, out)
+    average = None if plan.ema is None else Average(model, plan.ema, inputs.policy.path)
+    taken = fit(
+        model, objective, optimizer, constant(settings.warmup_steps),
+        Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, taken), out.metrics,
+        None if average is None else average.after_step,
     )  # fmt: skip
-    steps = fit(model, objective, optimizer, constant(settings.warmup_steps), plan, out.metrics)
-    out.stats["steps"] = steps
-    checkpoint.save(model, Chat(inputs.policy.path).tokenizer, out.path)
-    save_state(optimizer, steps, out.path)
+    out.stats["steps"] = taken
+    checkpoint.save(model, tokenizer, out.path)
+    save_state(optimizer, taken, out.path)
+    if average is not None:
+        average.save(tokenizer, out.path)
+
+
+def _mixed(
+    improvement: Improvement, steps: list[Rows], inputs: Inputs, settings: Settings, out: Outbox
+) -> tuple[Objective, list[Rows]]:
+    """The objective and the rows of its steps, with documents where the recipe mixes them in.
+
+    `documents` among the artifact's stats says how many were taken from their stream; the next update goes on there.
+    """
+    if settings.mix is None:
+        return improvement, steps
+    if inputs.documents is None:
+        raise ExperimentError(
+            "the recipe mixes in documents, and there are none",
+            do="name some in the experiment as data.documents, or here with --documents PATH",
+        )
+    rows = inputs.documents.table(["document_id", "text"]).to_pylist()
+    documents = windows(rows, Chat(inputs.policy.path), settings.document_tokens)
+    before = inputs.policy
+    start = int(before.stats.get("documents", 0)) if before.manifest.stage == out.stage else 0
+    mixed, end = with_documents(
+        steps, settings.mix.per_response, len(improvement.lengths), len(documents), start,
+        derive(settings.seed, "documents"),
+    )  # fmt: skip
+    out.stats["documents"] = end
+    out.metrics.add("rows/documents", end - start, "rows")
+    return Rehearsal(improvement, documents, settings.mix.coef), mixed
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ sum of weight times token loss. So neither the cut nor padding can change the gr
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,8 @@ class Losses:
     """Its share of the step's loss: sum of weight times token loss, already weighted for the whole step."""
     parts: Mapping[str, float]
     """Its share of each number worth logging; the shares of a step add up to the number."""
+    largest: Mapping[str, float] = field(default_factory=dict)
+    """Numbers worth logging of which a step's is the largest of its micro-batches'."""
 
 
 class Objective(Protocol):
@@ -57,12 +59,12 @@ class Objective(Protocol):
 class Plan:
     """How to walk over the rows."""
 
-    epochs: int
-    minibatches: int
-    """Optimizer steps per epoch."""
+    steps: Sequence[Rows]
+    """The rows of each optimizer step, as `batches.dealt` gives them."""
     micro_batch_tokens: int
+    """Padded tokens that fit into memory at once."""
     gradient_clip: float
-    seed: int
+    """Longest gradient; a longer one is scaled down to it."""
     first_step: int = 0
     """Steps taken before, by earlier iterations: the schedule goes on from there."""
 
@@ -74,17 +76,18 @@ def fit(
     schedule: Schedule,
     plan: Plan,
     metrics: Metrics,
+    after_step: Callable[[int], bool] | None = None,
 ) -> int:
     """Train and return the number of steps taken in all, earlier ones included.
 
+    After each step `after_step` is called with that number; the training ends early when it returns True.
     Raises `NumericsError` naming the rows when a loss or gradient is not finite; the model is then not to be used.
     """
     model.train()
     peaks = [group["lr"] for group in optimizer.param_groups]
-    total, started, seen = plan.epochs * plan.minibatches, time.monotonic(), 0
-    step = 0
-    for rows in _steps(objective, plan):
-        share = schedule(plan.first_step + step)
+    started, seen, taken = time.monotonic(), 0, plan.first_step
+    for step, rows in enumerate(plan.steps, start=1):
+        share = schedule(taken)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         numbers = _backward(model, objective, rows, plan.micro_batch_tokens)
@@ -93,28 +96,29 @@ def fit(
             raise _not_finite(model, objective, rows, plan.micro_batch_tokens)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
+        taken += 1
         seen += int(objective.lengths[rows].sum())
         numbers |= {"grad/norm": norm, "learning_rate": peaks[0] * share}
         for name, value in numbers.items():
-            metrics.add(name, value, _UNITS.get(name, ""), plan.first_step + step)
-        console.progress(_line(step, total, numbers["loss/total"], started, seen))
+            metrics.add(name, value, _UNITS.get(name, ""), taken)
+        console.progress(_line(step, len(plan.steps), numbers["loss/total"], started, seen))
+        if after_step is not None and after_step(taken):
+            break
     seconds = time.monotonic() - started
     metrics.add("speed/tokens_per_second", seen / max(seconds, 1e-9), "tokens/s")
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
     model.eval()
-    return plan.first_step + step
+    return taken
 
 
-_UNITS = {"learning_rate": "", "entropy/mean": "nat", "kl/reference": "nat", "kl/old": "nat", "clip/low": "fraction",
-          "clip/high": "fraction"}  # fmt: skip
-
-
-def _steps(objective: Objective, plan: Plan) -> Iterator[Rows]:
-    for epoch in range(plan.epochs):
-        rows = batches.shuffled(len(objective.lengths), plan.seed, epoch)
-        yield from batches.minibatches(rows, plan.minibatches)
+_UNITS = {
+    **dict.fromkeys(("loss/nll", "loss/documents", "entropy/mean", "kl/reference", "kl/old"), "nat"),
+    **dict.fromkeys(("clip/low", "clip/high", "accuracy/pairs"), "fraction"),
+    "loss/ranking": "nat",
+    "loss/value": "reward^2",
+    "value/mean": "reward",
+}
 
 
 def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
@@ -127,6 +131,8 @@ def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -
         numbers["loss/total"] += float(losses.total.detach())
         for name, value in losses.parts.items():
             numbers[name] = numbers.get(name, 0.0) + value
+        for name, value in losses.largest.items():
+            numbers[name] = max(numbers.get(name, value), value)
     return numbers
 
 

@@ -201,3 +201,32 @@ def test_metadata_changes_with_tokenizer_and_template(chats, with_template):
     assert templated["tokenizer_digest"] == one["tokenizer_digest"]
     assert templated["chat_template_digest"] != one["chat_template_digest"]
     assert one["end_tokens"] == ",".join(map(str, chats["characters"].stop_ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_is_its_text_and_the_end_token_without_any_template(chats, kind):
+    chat = chats[kind]
+    [tokens] = chat.document_tokens(TEXTS[4], 1000)
+    assert tokens == [*chat.tokenizer.encode(TEXTS[4], add_special_tokens=False), chat.tokenizer.eos_token_id]
+    assert chat.decode(tokens) == TEXTS[4]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 26, 38, 100])
+def test_long_documents_are_cut_into_windows_and_only_a_lonely_last_token_is_lost(chats, limit):
+    chat = chats["characters"]
+    [whole], windows = chat.document_tokens(TEXTS[4], 1000), chat.document_tokens(TEXTS[4], limit)
+    kept = [token for window in windows for token in window]
+    assert kept == whole[: len(whole) - (len(whole) % limit == 1)]
+    assert all(1 < len(window) <= limit for window in windows)
+
+
+def test_a_document_begins_with_the_start_token_where_there_is_one(policies):
+    chat = Chat(policies["characters"])
+    plain = chat.document_tokens("brief", 100)
+    chat.tokenizer.bos_token = "<pad>"
+    assert chat.document_tokens("brief", 100) == [[chat.tokenizer.pad_token_id, *plain[0]]]
+    assert chat.document_tokens("", 100) == [[chat.tokenizer.pad_token_id, chat.tokenizer.eos_token_id]]
+
+
+def test_a_document_without_text_has_nothing_to_predict(chats):
+    assert chats["characters"].document_tokens("", 100) == []

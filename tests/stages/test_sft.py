@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,7 +11,7 @@ from pipeline.models.checkpoint import save
 from pipeline.models.forward import response_logprobs
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.text import Chat
-from stages.sft import sft
+from stages.sft import mixed, sft
 
 
 def mean_nll(path, demonstrations):
@@ -151,3 +152,74 @@ def test_the_prompts_tokens_are_not_imitated(policy, demonstrations):
 def test_a_new_model_must_hold_the_longest_demonstration(sft_settings):
     with pytest.raises(ExperimentError, match=r"max_position = 64 is less than tokens = 65"):
         sft_settings(tokens=65)
+
+
+@pytest.fixture(scope="module")
+def documents(room, made_of):
+    return made_of(room / "sft-documents", "documents", 12)
+
+
+def document_nll(path, documents):
+    """Summed negative log-likelihood of all documents, one at a time, and the number of tokens predicted."""
+    model, chat = AutoModelForCausalLM.from_pretrained(path), Chat(path)
+    total = count = 0
+    for text in documents.table()["text"].to_pylist():
+        [tokens] = chat.document_tokens(text, 1000)
+        ids = torch.tensor(tokens)
+        with torch.no_grad():
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        total -= float(logprobs.gather(1, ids[1:, None]).sum())
+        count += len(tokens) - 1
+    return total, count
+
+
+def test_documents_are_the_asked_share_of_the_examples_of_every_epoch(sft_settings):
+    plan = mixed(30, 7, sft_settings(documents_share=0.25, epochs=4, batch=16))
+    assert [len(rows) for rows in plan] == [20, 20] * 4
+    epochs = [np.concatenate(plan[start : start + 2]) for start in range(0, 8, 2)]
+    assert all(sorted(rows[rows < 30]) == list(range(30)) for rows in epochs)
+    assert all(sum(rows >= 30) == 10 for rows in epochs)
+    drawn = np.concatenate([rows[rows >= 30] - 30 for rows in epochs])
+    assert sorted(np.bincount(drawn)) == [5] * 2 + [6] * 5
+    assert not np.array_equal(np.sort(epochs[0]), np.sort(epochs[1]))
+
+
+def test_without_a_share_documents_change_nothing(room, demonstrations, documents, sft_settings, numbers):
+    paths = {"demonstrations": demonstrations.path}
+    one = sft.run(room / "no-documents", sft_settings(epochs=1), **paths)
+    other = sft.run(room / "unused-documents", sft_settings(epochs=1), documents=documents.path, **paths)
+    assert one.manifest.digest == other.manifest.digest
+    assert numbers(one)["rows/documents", 0] == 0
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_demonstrations_and_documents(
+    room, demonstrations, documents, sft_settings, numbers
+):
+    share = 12 / 42
+    made = sft.run(
+        room / "mixed", sft_settings(epochs=1, batch=42, documents_share=share, learning_rate=1e-12, tokens=60),
+        demonstrations=demonstrations.path, documents=documents.path,
+    )  # fmt: skip
+    assert made.stats["steps"] == 1
+    assert numbers(made)["rows/documents", 0] == 12
+    chat, rows = Chat(made.path), demonstrations.table()["messages"].to_pylist()
+    targets = sum(sum(chat.demonstration(messages)[1]) for messages in rows)
+    total, count = document_nll(made.path, documents)
+    wanted = (mean_nll(made.path, demonstrations) * targets + total) / (targets + count)
+    assert numbers(made)["loss/nll", 1] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_is_in_documents_alone_is_learnt_from_them(room, demonstrations, documents, policy, sft_settings):
+    """A prompt's tokens are no target in a demonstration; in a document they are."""
+    made = sft.run(
+        room / "learnt", sft_settings(new=None, epochs=3, documents_share=0.5), demonstrations=demonstrations.path,
+        documents=documents.path, policy=policy.path,
+    )  # fmt: skip
+    before, after = (document_nll(path, documents)[0] for path in (policy.path, made.path))
+    assert after < 0.7 * before
+
+
+def test_a_share_of_documents_without_documents(tmp_path, demonstrations, sft_settings):
+    with pytest.raises(ExperimentError, match=r"data\.documents"):
+        sft.run(tmp_path / "out", sft_settings(documents_share=0.1), demonstrations=demonstrations.path)
+    assert not list(tmp_path.iterdir())

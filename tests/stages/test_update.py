@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,19 +10,23 @@ from transformers import AutoModelForCausalLM
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.weights import WEIGHTS
 from pipeline.contracts import ADVANTAGES
-from pipeline.errors import ArtifactError, ContractError, NumericsError
+from pipeline.errors import ArtifactError, ContractError, ExperimentError, NumericsError
+from pipeline.experiment import Experiment
 from pipeline.metrics import Metrics
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
 from pipeline.seeds import derive
+from pipeline.text import Chat
+from pipeline.training.batches import dealt, drawn
+from pipeline.training.imitation import windows
 from pipeline.training.loop import Plan, fit
 from pipeline.training.optimizer import adamw, constant
-from stages.update import Improvement, Settings, Term, update
+from stages.update import Improvement, Rehearsal, Settings, Term, update, with_documents
 
 
-def settings(recipe="grpo", minibatches=1, epochs=1, **changes):
+def settings(recipe="grpo", minibatches=1, epochs=1, ema=None, **changes):
     chosen = Recipe.load(recipe)
-    plan = chosen.update.model_copy(update={"minibatches": minibatches, "epochs": epochs})
+    plan = chosen.update.model_copy(update={"minibatches": minibatches, "epochs": epochs, "ema": ema})
     return Settings.of(None, {"loss": chosen.loss, "update": plan, "learning_rate": 1e-3, "seed": 3, **changes})
 
 
@@ -56,8 +61,9 @@ def table(rollouts, policy, other_policy, by_hand):
             "prompt_id": r["prompt_id"], "sample": r["sample"], "prompt_tokens": r["prompt_tokens"],
             "response_tokens": r["response_tokens"], "advantages": [sign] * len(r["response_tokens"]), "returns": None,
             "old_logprobs": o, "ref_logprobs": f, "reward": sign, "shaped_reward": sign, "correct": sign > 0,
+            "finished": number % 4 != 1,
         }
-        for r, sign, o, f in zip(rows, signs, old, ref, strict=True)
+        for number, (r, sign, o, f) in enumerate(zip(rows, signs, old, ref, strict=True))
     ]  # fmt: skip
     assert len({len(r["response_tokens"]) for r in made}) > 1
     return by_hand(ADVANTAGES, made[:8], made[8:])
@@ -68,12 +74,12 @@ def objective(table, recipe="grpo"):
     return Improvement(table, [Term.of(line) for line in chosen.loss], WEIGHTS[chosen.update.weights], 1.0)
 
 
-def gradient(model, wanted, budget):
-    """The gradient of one step over the first eight rows, by plain descent with rate 1."""
-    before = weights_of(model)
-    step = wanted.step(np.arange(8))
-    for start in range(0, 8, budget):
-        wanted.losses(model, np.arange(8)[start : start + budget], step).total.backward()
+def gradient(model, wanted, budget=10**6, rows=None):
+    """The gradient of one step over the given rows, by default the first eight, `budget` of them at a time."""
+    before, rows = weights_of(model), np.arange(8) if rows is None else rows
+    step = wanted.step(rows)
+    for start in range(0, len(rows), budget):
+        wanted.losses(model, rows[start : start + budget], step).total.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     model.zero_grad()
     assert torch.equal(before, weights_of(model))
@@ -167,7 +173,8 @@ def test_two_updates_equal_one_process_that_does_both(table, policy, room, numbe
     model = load_policy(policy.path, "float32")
     optimizer, taken = adamw(model, chosen.learning_rate, chosen.weight_decay), 0
     for _ in range(2):
-        plan = Plan(1, 4, chosen.micro_batch_tokens, chosen.gradient_clip, derive(3, "update", taken), taken)
+        steps = dealt(12, 1, 4, derive(3, "update", taken))
+        plan = Plan(steps, chosen.micro_batch_tokens, chosen.gradient_clip, taken)
         taken = fit(
             model, objective(table.table()), optimizer, constant(chosen.warmup_steps), plan, Metrics("run", None, "s")
         )
@@ -185,10 +192,7 @@ def test_moments_of_the_optimizer_matter_and_are_kept(table, policy, room, tmp_p
     chosen = settings(minibatches=4)
     first = update.run(room / "with moments", chosen, advantages=table.path, policy=policy.path)
     with_state = update.run(tmp_path / "with", chosen, advantages=table.path, policy=first.path)
-    for path in first.path.iterdir():
-        if path.name not in ("trainer", "manifest.json"):
-            (tmp_path / "bare").mkdir(exist_ok=True)
-            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(first.path, tmp_path / "bare", ignore=shutil.ignore_patterns("trainer", "manifest.json"))
     without = update.run(tmp_path / "without", chosen, advantages=table.path, policy=tmp_path / "bare")
     assert with_state.stats["steps"] == 8
     assert without.stats["steps"] == 4
@@ -251,6 +255,7 @@ def test_clip_metrics_count_the_tokens_whose_gradient_stops(by_hand, table, poli
     assert measured["clip/high", 1] == pytest.approx(counts[positive].sum() / counts.sum(), rel=1e-5)
     assert measured["clip/low", 1] == 0
     assert measured["kl/old", 1] == pytest.approx(math.exp(-1) + 1 - 1, rel=1e-4)
+    assert measured["ratio/max", 1] == pytest.approx(math.e, rel=1e-4)
     certain = [{**row, "old_logprobs": [0.0] * len(row["old_logprobs"])} for row in rows]
     below = [
         sum(math.exp(value) < 0.8 for value in row["old_logprobs"]) * (row["advantages"][0] < 0) for row in rows
@@ -284,3 +289,199 @@ def test_a_loss_that_is_not_finite_names_the_rows(by_hand, table, policy, tmp_pa
         )
     assert name in error.value.where
     assert error.value.where.count("/") == 1
+
+
+@pytest.mark.parametrize("ratio", ["token", "response"])
+def test_clip_metrics_are_of_the_ratio_that_is_clipped(by_hand, table, policy, tmp_path, numbers, ratio):
+    """The first token of every response has become e times as likely, and so has the response."""
+    rows = table.table().to_pylist()
+    shifted = [{**row, "old_logprobs": [row["old_logprobs"][0] - 1, *row["old_logprobs"][1:]]} for row in rows]
+    counts = np.array([len(row["response_tokens"]) for row in rows])
+    positive = np.array([row["advantages"][0] > 0 for row in rows])
+    line = {"kind": "clipped_surrogate", "clip_low": 0.2, "clip_high": 0.2, "ratio": ratio}
+    chosen = settings(loss=Recipe.load("grpo").changed({"loss": [line]}).loss, micro_batch_tokens=60)
+    made = update.run(tmp_path / "out", chosen, advantages=by_hand(ADVANTAGES, shifted).path, policy=policy.path)
+    clipped = positive.sum() if ratio == "token" else counts[positive].sum()
+    assert numbers(made)["clip/high", 1] == pytest.approx(clipped / counts.sum(), rel=1e-5)
+    assert numbers(made)["ratio/max", 1] == pytest.approx(math.e, rel=1e-4)
+
+
+WEIGHT_NAMES = ["token_mean", "group_token_mean", "sequence_mean", "sequence_sum"]
+
+
+@pytest.mark.parametrize("weights", WEIGHT_NAMES)
+@pytest.mark.parametrize("on", ["finished", "correct"])
+def test_a_term_on_some_rows_is_the_term_with_the_others_left_out(table, policy, weights, on):
+    whole, model = table.table(), load_policy(policy.path, "float32")
+    lines = [{"kind": "clipped_surrogate", "clip_low": 0.2, "clip_high": 0.2}, {"kind": "nll", "coef": 0.3}]
+
+    def of(rows, on):
+        loss = Recipe.load("grpo").changed({"loss": [{**line, "on": on} for line in lines]}).loss
+        wanted = Improvement(rows, [Term.of(line) for line in loss], WEIGHTS[weights], 1.0)
+        return gradient(model, wanted, rows=np.arange(len(rows)))
+
+    some = whole.filter(whole[on])
+    assert 0 < len(some) < len(whole)
+    assert far(of(some, "all"), of(whole, on)) < 1e-6
+    assert far(of(whole, "all"), of(whole, on)) > 1e-3
+
+
+def test_group_token_mean_is_the_mean_over_prompts_of_the_mean_over_their_tokens(table, policy):
+    rows = table.table().to_pylist()
+    loss = Recipe.load("grpo").changed({"loss": [{"kind": "nll"}]}).loss
+    wanted = Improvement(table.table(), [Term.of(loss[0])], WEIGHTS["group_token_mean"], 1.0)
+    chosen = np.array([11, 1, 2, 5, 4, 7])
+    groups = {}
+    for row in chosen:
+        groups.setdefault(rows[row]["prompt_id"], []).extend(rows[row]["old_logprobs"])
+    assert len(groups) == 3
+    losses = wanted.losses(load_policy(policy.path, "float32"), chosen, wanted.step(chosen))
+    expected = -np.mean([np.mean(values) for values in groups.values()])
+    assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def documents(room, made_of):
+    return made_of(room / "update-documents", "documents", 9)
+
+
+MIX = {"coef": 27.8, "per_response": 0.5}
+EVEN = 2e-3  # gradients of responses and documents are of about the same length then
+
+
+@pytest.fixture(scope="module")
+def examples(documents, policy):
+    return windows(documents.table().to_pylist(), Chat(policy.path), 12)
+
+
+def at_temperature(table):
+    """The objective with log-probabilities at temperature 0.7; those of documents are at 1 all the same."""
+    chosen = Recipe.load("grpo")
+    return Improvement(table.table(), [Term.of(line) for line in chosen.loss], WEIGHTS["sequence_mean"], 0.7)
+
+
+def test_the_gradient_with_documents_is_the_sum_of_both_gradients(table, policy, examples):
+    model, coef = load_policy(policy.path, "float32"), EVEN
+    ours, texts = np.arange(8), np.array([0, 3, 4])
+    found = gradient(model, Rehearsal(at_temperature(table), examples, coef), rows=np.concatenate([ours, 12 + texts]))
+    total = count = 0
+    for index in texts:
+        tokens = torch.tensor([*examples[index].prompt, *examples[index].targets])
+        total = total - model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]).sum()
+        count += len(tokens) - 1
+    (total / count).backward()
+    of_documents = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    model.zero_grad()
+    of_policy = gradient(model, at_temperature(table), rows=ours)
+    assert far(of_policy + coef * of_documents, found) < 1e-5
+    assert min(far(of_policy, found), far(coef * of_documents, found)) > 0.1
+
+
+def test_documents_do_not_make_the_gradient_depend_on_micro_batches(table, policy, examples):
+    model, wanted = load_policy(policy.path, "float32"), Rehearsal(at_temperature(table), examples, EVEN)
+    rows = np.random.default_rng(0).permutation(np.concatenate([np.arange(8), 12 + np.array([0, 3, 4, 0])]))
+    together = gradient(model, wanted, rows=rows)
+    assert all(far(together, gradient(model, wanted, budget, rows)) < 1e-6 for budget in (1, 3, 5))
+
+
+def test_numbers_of_responses_do_not_change_with_documents_and_theirs_is_unweighted(table, policy, examples):
+    model, ours = load_policy(policy.path, "float32"), np.arange(12)
+    alone, mixed = objective(table.table()), Rehearsal(objective(table.table()), examples, 27.8)
+    texts, both = mixed.imitation, np.concatenate([ours, [12, 14]])
+    before = alone.losses(model, ours, alone.step(ours))
+    after = mixed.losses(model, both, mixed.step(both))
+    read = texts.losses(model, np.array([0, 2]), texts.step(np.array([0, 2])))
+    assert {name: after.parts[name] for name in before.parts} == pytest.approx(before.parts, rel=1e-5)
+    assert after.largest == before.largest
+    assert after.parts["loss/documents"] == pytest.approx(float(read.total.detach()), rel=1e-5)
+    assert float(after.total.detach()) == pytest.approx(
+        float(before.total.detach()) + 27.8 * after.parts["loss/documents"], rel=1e-5
+    )
+    assert mixed.names(np.array([12, 0])) == [*alone.names(np.array([0])), examples[0].name]
+
+
+def test_every_step_gets_its_documents_and_the_stream_goes_on():
+    steps = [np.arange(5), np.arange(5, 8)]
+    first, cursor = with_documents(steps, 1.5, 8, 6, 0, seed=2)
+    second, end = with_documents(steps, 1.5, 8, 6, cursor, seed=2)
+    assert [len(rows) for rows in first] == [5 + 8, 3 + 4]
+    assert (cursor, end) == (12, 24)
+    for before, after in zip(steps * 2, [*first, *second], strict=True):
+        assert np.array_equal(after[: len(before)], before)
+    taken = [rows[rows >= 8] - 8 for rows in (*first, *second)]
+    assert np.array_equal(np.concatenate(taken), drawn(6, 0, 24, 2))
+
+
+def test_the_next_update_goes_on_in_the_stream_of_documents(table, policy, documents, tmp_path, numbers):
+    chosen, paths = settings(minibatches=3, mix=MIX), {"advantages": table.path, "documents": documents.path}
+    first = update.run(tmp_path / "first", chosen, policy=policy.path, **paths)
+    second = update.run(tmp_path / "second", chosen, policy=first.path, **paths)
+    assert [artifact.stats["documents"] for artifact in (first, second)] == [6, 12]
+    assert [numbers(artifact)["rows/documents", 0] for artifact in (first, second)] == [6, 6]
+    losses = [numbers(second)["loss/documents", step] for step in (4, 5, 6)]
+    assert all(0 < loss < 10 for loss in losses)
+    bare = shutil.copytree(first.path, tmp_path / "bare", ignore=shutil.ignore_patterns("manifest.json"))
+    from_the_start = update.run(tmp_path / "from the start", chosen, policy=bare, **paths)
+    assert from_the_start.stats["documents"] == 6
+    assert numbers(from_the_start)["loss/documents", 4] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_policy_rehearses_what_it_would_forget(table, policy, documents, tmp_path, numbers):
+    """Only the documents' likelihood moves where the policy's own gradient is nothing."""
+    chosen = settings(loss=Recipe.load("grpo").changed({"loss": [{"kind": "nll", "coef": 0.0}]}).loss,
+                      mix={"coef": 1.0, "per_response": 1.0}, epochs=8)  # fmt: skip
+    made = update.run(tmp_path / "out", chosen, advantages=table.path, policy=policy.path, documents=documents.path)
+    assert numbers(made)["loss/documents", 8] < numbers(made)["loss/documents", 1] - 0.1
+
+
+def test_a_mix_without_documents(table, policy, tmp_path):
+    with pytest.raises(ExperimentError, match=r"data\.documents"):
+        update.run(tmp_path / "out", settings(mix=MIX), advantages=table.path, policy=policy.path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_documents_without_a_mix_change_nothing(table, policy, documents, room):
+    paths = {"advantages": table.path, "policy": policy.path}
+    one = update.run(room / "without documents", settings(), **paths)
+    other = update.run(room / "unused documents", settings(), documents=documents.path, **paths)
+    assert one.manifest.digest == other.manifest.digest
+
+
+def test_the_average_of_the_weights_goes_on_from_update_to_update(table, policy, room, sound):
+    chosen = settings(minibatches=2, ema=0.9)
+    first = update.run(room / "ema 1", chosen, advantages=table.path, policy=policy.path)
+    second = update.run(room / "ema 2", chosen, advantages=table.path, policy=first.path)
+    plain = update.run(room / "ema off", settings(minibatches=2), advantages=table.path, policy=policy.path)
+    assert not (plain.path / "ema").exists()
+    assert torch.equal(weights_of(plain.path), weights_of(first.path))
+    model, average, taken = load_policy(policy.path, "float32"), weights_of(policy.path), 0
+    optimizer = adamw(model, chosen.learning_rate, chosen.weight_decay)
+    for made in (first, second):
+        seen = []
+        plan = Plan(dealt(12, 1, 2, derive(3, "update", taken)), chosen.micro_batch_tokens, 1.0, taken)
+        taken = fit(
+            model, objective(table.table()), optimizer, constant(0), plan, Metrics("run", None, "s"),
+            lambda step, seen=seen: bool(seen.append(weights_of(model))),
+        )  # fmt: skip
+        for weights in seen:
+            average = 0.9 * average + 0.1 * weights
+        assert far(average, weights_of(made.path / "ema")) < 1e-6
+    assert far(average, weights_of(second.path)) > 1e-4
+    sound(second)
+
+
+def test_settings_come_from_recipe_and_scale():
+    changes = {"rollout": {"temperature": 0.6}, "mix": MIX}
+    tables = {
+        "name": "run", "base": "base", "data": {"prompts": {}}, "models": {"policy": "p"}, "sft": {"enabled": False},
+        "scale": {"iterations": 1, "groups": 4, "prompt_tokens": 8, "response_tokens": 16, "learning_rate": 1e-3},
+    }  # fmt: skip
+    one, other = (
+        Settings.of(Experiment(recipe=Recipe.load("grpo").changed({**changes, **more}), **tables), {})
+        for more in ({}, {"update": {"temperature": 1.1, "ema": 0.99}})
+    )
+    assert (one.temperature, other.temperature) == (0.6, 1.1)
+    assert (one.update.ema, other.update.ema) == (None, 0.99)
+    assert one.mix is not None
+    assert one.mix.model_dump() == MIX
+    assert one.document_tokens == 24

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.errors import NumericsError
 from pipeline.metrics import Metrics
+from pipeline.training.batches import dealt
 from pipeline.training.loop import Losses, Plan, fit
 from pipeline.training.optimizer import constant, cosine
 
@@ -40,7 +41,8 @@ class Regression:
         x = torch.tensor(np.concatenate([self.rows[row][0] for row in rows]))
         y = torch.tensor(np.concatenate([self.rows[row][1] for row in rows]))
         total = ((model(x)[:, 0] - y).square() * step).sum()
-        return Losses(total, {"rows": float(len(rows)), "error/squared": float(total.detach())})
+        parts = {"rows": float(len(rows)), "error/squared": float(total.detach())}
+        return Losses(total, parts, {"length/max": float(self.lengths[rows].max()), "below": -float(len(rows))})
 
     def names(self, rows):
         return [f"row-{row}" for row in rows]
@@ -54,16 +56,16 @@ def network():
 AT_ONCE = constant(0)
 
 
-def plan(**changes):
-    settings = {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 1000, "gradient_clip": 1e9, "seed": 0}
-    return Plan(**{**settings, **changes})
+def plan(objective, epochs=1, minibatches=1, seed=0, **changes):
+    steps = dealt(len(objective.lengths), epochs, minibatches, seed)
+    return Plan(**{"steps": steps, "micro_batch_tokens": 1000, "gradient_clip": 1e9, **changes})
 
 
-def trained(objective, schedule=AT_ONCE, learning_rate=0.1, model=None, **changes):
+def trained(objective, schedule=AT_ONCE, learning_rate=0.1, model=None, after_step=None, **changes):
     model = network() if model is None else model
     metrics = Metrics("run", 0, "fit")
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    steps = fit(model, objective, optimizer, schedule, plan(**changes), metrics)
+    steps = fit(model, objective, optimizer, schedule, plan(objective, **changes), metrics, after_step)
     return model, metrics, steps
 
 
@@ -131,7 +133,8 @@ def test_earlier_steps_count_and_the_schedule_goes_on_from_there():
 def test_the_peak_learning_rate_is_back_afterwards_and_the_model_evaluates():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    fit(model, Regression.of([1, 2]), optimizer, constant(9), plan(), Metrics("run", 0, "fit"))
+    objective = Regression.of([1, 2])
+    fit(model, objective, optimizer, constant(9), plan(objective), Metrics("run", 0, "fit"))
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert not model.training
 
@@ -144,6 +147,34 @@ def test_the_gradient_is_clipped_as_a_whole_and_its_norm_logged_before():
     assert numbers(same, "grad/norm") == [norm] and norm > 0.01
     for before, long, short in zip(start.parameters(), free.parameters(), clipped.parameters(), strict=True):
         assert torch.allclose(short - before, (long - before) * 0.01 / norm, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1, 1000])
+def test_of_the_largest_numbers_the_step_has_the_largest_of_its_micro_batches(budget):
+    _, metrics, _ = trained(Regression.of([2, 5, 3]), micro_batch_tokens=budget)
+    assert numbers(metrics, "length/max") == [5.0]
+    assert numbers(metrics, "below") == [-1.0 if budget == 1 else -3.0]
+
+
+def test_after_every_step_the_caller_may_look_and_may_end_the_training():
+    ends, seen = [], []
+    for last in (7, 99):
+        _, metrics, steps = trained(
+            Regression.of([1] * 6), minibatches=3, epochs=2, first_step=4,
+            after_step=lambda step, last=last: bool(seen.append(step)) or step == last,
+        )  # fmt: skip
+        ends.append((steps, len(numbers(metrics, "loss/total")), len(numbers(metrics, "speed/tokens_per_second"))))
+    assert ends == [(7, 3, 1), (10, 6, 1)]
+    assert seen == [5, 6, 7, 5, 6, 7, 8, 9, 10]
+
+
+def test_the_steps_of_a_plan_may_hold_any_rows():
+    objective = Regression.of([2, 5, 3])
+    steps = [np.array([2]), np.array([0, 0, 1])]
+    _, metrics, taken = trained(objective, steps=steps)
+    assert taken == 2
+    assert objective.seen == [[2], [0, 0, 1]]
+    assert numbers(metrics, "rows") == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
