@@ -3,16 +3,16 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
-from pipeline.engines import ENGINES, Completion, EngineOptions, Sampling, open_engine
+from pipeline.engines import ENGINES, Completion, EngineOptions, Sampling, check_beams, open_engine
 from pipeline.errors import ArtifactError, ContractError, EngineError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
@@ -42,6 +42,8 @@ class Settings(StageSettings):
     """Sample from so many of the likeliest tokens; all when absent."""
     greedy: bool = False
     """Also one greedy response per prompt, as sample -1."""
+    beams: int | None = Field(None, ge=1)
+    """Search with so many beams instead of sampling; the group is the best of them, the likeliest first."""
     prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are rejected and counted, never cut."""
     response_tokens: int = Field(1024, ge=1)
@@ -62,6 +64,11 @@ class Settings(StageSettings):
     """Of the run."""
     draw: str = "0"
     """Sets this sampling apart from others of the run: `iteration/round`, `eval/iteration`."""
+
+    @model_validator(mode="after")
+    def _beams_fit(self) -> Self:
+        check_beams(self)
+        return self
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +207,7 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     plan = Sampling(
         group_size=settings.group_size, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
         max_tokens=settings.response_tokens, stop_ids=chat.stop_ids, greedy=settings.greedy,
+        beams=settings.beams,
     )  # fmt: skip
     shards = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
     missing = set(out.shards(len(shards)))
@@ -221,7 +229,7 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
 
 def _distribution(settings: Settings, policy: Artifact) -> dict[str, str]:
     """What `sampler_logprobs` mean, for the file's metadata."""
-    named = ("temperature", "top_p", "top_k")
+    named = ("temperature", "top_p", "top_k", "beams")
     return {**{name: str(getattr(settings, name)) for name in named}, "policy_digest": policy.manifest.digest}
 
 

@@ -3,6 +3,7 @@
     vllm.py            one offline vLLM engine; CPU and GPU builds alike
     transformers.py    the reference: exact, runs wherever torch runs
     scripted.py        says what it is told to say
+    beams.py           beam search, for the first two
 
 All of them speak token ids, never text, and mean the same by every setting: a sampled token is drawn from
 softmax(logits / temperature), cut to `top_k` and then to `top_p` and renormalised, and its log-probability is taken
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -48,17 +49,33 @@ class Sampling(Settings):
     """A response ends with the first of these tokens, and keeps it. No other token ends it."""
     greedy: bool = False
     """Also one greedy response per prompt, as sample -1."""
+    beams: int | None = Field(default=None, ge=1)
+    """Search with so many beams; the group is the best of them, the likeliest first. None samples."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "Sampling":
         if self.group_size == 0 and not self.greedy:
             raise ValueError("group_size = 0 without greedy asks for no response at all")
+        check_beams(self)
         return self
 
     @property
     def samples(self) -> range:
         """The `sample` numbers of one whole group, the greedy one first."""
         return range(GREEDY if self.greedy else 0, self.group_size)
+
+
+def check_beams(plan: Any) -> None:
+    """Raise `ValueError` for a beam search that would also have to draw, or to find more than it keeps.
+
+    `plan` is a `Sampling`, or settings with the same names that are to become one.
+    """
+    if plan.beams is None:
+        return
+    if plan.beams < plan.group_size:
+        raise ValueError(f"beams = {plan.beams} cannot give group_size = {plan.group_size} responses")
+    if (plan.temperature, plan.top_p, plan.top_k, plan.greedy) != (1.0, 1.0, None, False):
+        raise ValueError("beams draw nothing: leave temperature, top_p, top_k and greedy at their defaults")
 
 
 class EngineOptions(Settings):
@@ -92,7 +109,7 @@ class Completion:
     """Natural log-probability of each token under the distribution it was drawn from; None where unknown."""
     finish: Literal["stop", "length"]
     seed: int
-    """Of this response: its prompt's seed plus `sample`, and the prompt's seed itself for the greedy one."""
+    """Of this response: its prompt's seed plus `sample`, and the prompt's seed itself for what is not drawn."""
 
 
 @runtime_checkable
@@ -173,6 +190,10 @@ def check_request(
 
     Engines cut a response that does not fit, or refuse the whole batch half-way; here the request is refused whole.
     """
+    if plan.beams is not None and plan.beams > vocab_size:
+        raise EngineError(
+            f"{plan.beams} beams are more than the vocabulary's {vocab_size} tokens", do="search with fewer beams"
+        )
     if len(prompts) != len(seeds):
         raise EngineError(f"{len(prompts)} prompts but {len(seeds)} seeds", do="hand over one seed per prompt")
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):

@@ -6,6 +6,7 @@ A checkpoint may hold `script.json`, which maps the prompt's token ids, joined b
     {"5,6,7": [[8, 9, 1], [8, 1]], "*": [[3, 1]]}
 
 A checkpoint without a script babbles: every token is drawn evenly from the vocabulary of its `config.json`.
+It has no distribution to search, so it refuses beams.
 """
 
 import json
@@ -58,6 +59,11 @@ class ScriptedEngine:
         """Yield the groups in the order of the prompts."""
         ensure_open(self)
         check_request(prompts, seeds, plan, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
+        if plan.beams is not None:
+            raise EngineError(
+                "the scripted engine cannot search with beams: its responses have no probabilities",
+                do="name another engine (resources.engine), or leave beams out",
+            )
         return self._say(prompts, seeds, plan)
 
     def describe(self) -> dict[str, str]:

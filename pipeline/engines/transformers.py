@@ -2,6 +2,7 @@
 
 A response depends on its prompt, its seed and the weights, and not on what it is batched with: its uniform numbers
 are drawn up front from its own generator, and a token is where the cumulated probabilities pass the next of them.
+Beams are searched as `beams.py` says.
 """
 
 import time
@@ -28,6 +29,7 @@ from pipeline.engines import (
     fatal,
     response_seed,
 )
+from pipeline.engines.beams import BeamSearch, Next
 from pipeline.errors import EngineError
 
 
@@ -84,12 +86,13 @@ class TransformersEngine:
     def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
         self._model.to(self.device)
         deadline = time.monotonic() + self.options.timeout
-        groups = max(1, self.options.max_num_seqs // len(plan.samples))
+        groups = max(1, self.options.max_num_seqs // (plan.beams or len(plan.samples)))
+        kind = _SampledBatch if plan.beams is None else _SearchedBatch
         for start in range(0, len(prompts), groups):
             chosen = range(start, min(start + groups, len(prompts)))
             with fatal(self, "reading the prompts"):
-                batch = _Batch(self._model, [(i, prompts[i], seeds[i]) for i in chosen], plan, self.device)
-            while batch.rows:
+                batch = kind(self._model, [(i, prompts[i], seeds[i]) for i in chosen], plan, self.device)
+            while batch.going:
                 with fatal(self, "sampling"):
                     finished = batch.step()
                     if time.monotonic() > deadline:
@@ -106,63 +109,29 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-class _Batch:
-    """Rows that are sampled together: every sample of some prompts, left-padded to one length."""
+class _Reader:
+    """Texts that are read together, left-padded to one length; each round takes one more token of each."""
 
-    def __init__(
-        self, model: Any, prompts: list[tuple[int, Sequence[int], int]], plan: Sampling, device: torch.device
-    ) -> None:
-        self.model, self.plan = model, plan
-        self.rows = [
-            _Row(index, sample, response_seed(seed, sample)) for index, _, seed in prompts for sample in plan.samples
-        ]
-        self.uniforms = torch.stack([_uniforms(row, plan.max_tokens) for row in self.rows]).to(device)
-        self.greedy = torch.tensor([row.sample == GREEDY for row in self.rows], device=device)
-        self.stop = torch.tensor(plan.stop_ids, dtype=torch.long, device=device)
-        self.taken = 0
-
-        width = max(len(prompt) for _, prompt, _ in prompts)
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.model = model
+        width = max(map(len, prompts))
         self.tokens = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
         self.attended = torch.zeros_like(self.tokens)
-        for row, (_, prompt, _) in enumerate(prompts):
+        for row, prompt in enumerate(prompts):
             self.tokens[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
             self.attended[row, width - len(prompt) :] = 1
         self.cache = DynamicCache(config=model.config)
         self.logits = self._forward()
-        # One prompt is read once; its group shares what was read.
-        self._select(torch.arange(len(prompts), device=device).repeat_interleave(len(plan.samples)))
 
-    @torch.inference_mode()
-    def step(self) -> list[Completion]:
-        """Sample one token per row and return the responses that end with it."""
-        if self.taken:
-            self.logits = self._forward()
-        tokens, logprobs = sample_tokens(self.logits, self.uniforms[:, self.taken], self.greedy, self.plan)
-        self.taken += 1
-        stopped = torch.isin(tokens, self.stop)
-        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
+    def read(self, tokens: Int[Tensor, " R"]) -> None:
+        """Let each text go on with its token."""
         self.tokens = tokens[:, None]
         self.attended = torch.cat([self.attended, torch.ones_like(self.tokens)], dim=1)
-        ended = stopped if self.taken < self.plan.max_tokens else torch.ones_like(stopped)
-        return self._release(ended, stopped) if ended.any() else []
+        self.logits = self._forward()
 
-    def _release(self, ended: Tensor, stopped: Tensor) -> list[Completion]:
-        finish: dict[bool, Literal["stop", "length"]] = {True: "stop", False: "length"}
-        finished = [
-            Completion(row.prompt, row.sample, row.tokens, row.logprobs, finish[stop], row.seed)
-            for row, end, stop in zip(self.rows, ended.tolist(), stopped.tolist(), strict=True)
-            if end
-        ]
-        going = (~ended).nonzero()[:, 0]
-        self.rows = [self.rows[row] for row in going.tolist()]
-        self.uniforms, self.greedy = self.uniforms[going], self.greedy[going]
-        self._select(going)
-        return finished
-
-    def _select(self, rows: Int[Tensor, " R"]) -> None:
-        self.tokens, self.attended, self.logits = self.tokens[rows], self.attended[rows], self.logits[rows]
+    def select(self, rows: Int[Tensor, " N"]) -> None:
+        """Go on with these texts, some of them several times: what was read of them is shared."""
+        self.attended, self.logits = self.attended[rows], self.logits[rows]
         self.cache.batch_select_indices(rows)
 
     @torch.inference_mode()
@@ -180,6 +149,99 @@ class _Batch:
         if not torch.isfinite(logits).all():
             raise EngineError("the model's logits are not finite", do="check the checkpoint's tensors")
         return logits
+
+
+class _SampledBatch:
+    """Rows that are sampled together: every sample of some prompts."""
+
+    def __init__(
+        self, model: Any, prompts: list[tuple[int, Sequence[int], int]], plan: Sampling, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.rows = [
+            _Row(index, sample, response_seed(seed, sample)) for index, _, seed in prompts for sample in plan.samples
+        ]
+        self.uniforms = torch.stack([_uniforms(row, plan.max_tokens) for row in self.rows]).to(device)
+        self.greedy = torch.tensor([row.sample == GREEDY for row in self.rows], device=device)
+        self.stop = torch.tensor(plan.stop_ids, dtype=torch.long, device=device)
+        self.taken = 0
+        self.reader = _Reader(model, [prompt for _, prompt, _ in prompts], device)
+        # One prompt is read once; its group shares what was read.
+        self.reader.select(torch.arange(len(prompts), device=device).repeat_interleave(len(plan.samples)))
+
+    @property
+    def going(self) -> bool:
+        """Whether any response is unfinished."""
+        return bool(self.rows)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Sample one token per row and return the responses that end with it."""
+        uniforms = self.uniforms[:, self.taken]
+        tokens, logprobs = sample_tokens(self.reader.logits, uniforms, self.greedy, self.plan)
+        self.taken += 1
+        stopped = torch.isin(tokens, self.stop)
+        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+        ended = stopped if self.taken < self.plan.max_tokens else torch.ones_like(stopped)
+        finished = self._release(ended, stopped) if ended.any() else []
+        if self.rows:
+            self.reader.read(tokens[~ended])
+        return finished
+
+    def _release(self, ended: Tensor, stopped: Tensor) -> list[Completion]:
+        finish: dict[bool, Literal["stop", "length"]] = {True: "stop", False: "length"}
+        finished = [
+            Completion(row.prompt, row.sample, row.tokens, row.logprobs, finish[stop], row.seed)
+            for row, end, stop in zip(self.rows, ended.tolist(), stopped.tolist(), strict=True)
+            if end
+        ]
+        going = (~ended).nonzero()[:, 0]
+        self.rows = [self.rows[row] for row in going.tolist()]
+        self.uniforms, self.greedy = self.uniforms[going], self.greedy[going]
+        self.reader.select(going)
+        return finished
+
+
+class _SearchedBatch:
+    """Prompts that are searched together; the rows are their growing beams, search after search."""
+
+    def __init__(
+        self, model: Any, prompts: list[tuple[int, Sequence[int], int]], plan: Sampling, device: torch.device
+    ) -> None:
+        self.searches = [BeamSearch(index, plan) for index, _, _ in prompts]
+        self.seeds = {index: seed for index, _, seed in prompts}
+        self.choices = min(BeamSearch.choices(plan), model.config.vocab_size)
+        self.device = device
+        self.reader = _Reader(model, [prompt for _, prompt, _ in prompts], device)
+
+    @property
+    def going(self) -> bool:
+        """Whether any search is."""
+        return bool(self.searches)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Let every beam grow by one token and return the groups of the searches that are over with it."""
+        best = torch.log_softmax(self.reader.logits, dim=-1).topk(self.choices, dim=-1)
+        following = [
+            [Next(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+            for tokens, logprobs in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        parents: list[int] = []
+        start = 0
+        for search in self.searches:
+            end = start + len(search.growing)
+            parents += [start + place for place in search.advance(following[start:end])]
+            start = end
+        over = [search for search in self.searches if not search.growing]
+        self.searches = [search for search in self.searches if search.growing]
+        if self.searches:
+            last = [beam.tokens[-1] for search in self.searches for beam in search.growing]
+            self.reader.select(torch.tensor(parents, device=self.device))
+            self.reader.read(torch.tensor(last, device=self.device))
+        return [completion for search in over for completion in search.completions(self.seeds[search.prompt])]
 
 
 def sample_tokens(

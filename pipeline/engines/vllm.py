@@ -38,6 +38,7 @@ from pipeline.engines import (
     fatal,
     response_seed,
 )
+from pipeline.engines.beams import BeamSearch, Next
 from pipeline.errors import EngineError
 
 ON_GPU = torch.cuda.is_available()
@@ -187,6 +188,7 @@ class VllmEngine:
                     skip_tokenizer_init=True,
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
+                    max_logprobs=-1,  # a beam search asks for as many as it has beams
                     dtype=options.dtype,
                     max_model_len=options.max_model_len,
                     max_num_seqs=options.max_num_seqs,
@@ -221,10 +223,20 @@ class VllmEngine:
     def _stream(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
         ensure_open(self)
         self._ensure_idle()
-        engine = self._llm.llm_engine
         deadline = time.monotonic() + self.options.timeout
+        if plan.beams is not None:
+            yield from self._search(prompts, seeds, plan, deadline)
+            return
         with fatal(self, "submitting the prompts"), _quiet():
             waiting = self._submit(prompts, seeds, plan)
+        for (index, first), output in self._outputs(waiting, deadline):
+            with fatal(self, "sampling"):
+                finished = list(_completions(output, index, first, seeds))
+            yield from finished
+
+    def _outputs(self, waiting: dict[str, tuple[int, int]], deadline: float) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Step until everything in `waiting` is finished; yield what was noted for a request, and its output."""
+        engine = self._llm.llm_engine
         try:
             while engine.has_unfinished_requests():
                 with fatal(self, "sampling"), warnings.catch_warnings():
@@ -235,17 +247,42 @@ class VllmEngine:
                             f"sampling took longer than {self.options.timeout} s, {len(waiting)} requests unfinished",
                             do="raise timeout, or sample fewer prompts at once",
                         )
-                    finished = [
-                        completion
-                        for output in outputs
-                        for completion in _completions(output, *waiting.pop(output.request_id), seeds)
-                    ]
+                    finished = [(waiting.pop(output.request_id), output) for output in outputs]
                     if waiting and not engine.has_unfinished_requests():
                         raise EngineError(f"vLLM lost {len(waiting)} requests")
                 yield from finished
         finally:
             if waiting and not self.closed:
                 engine.abort_request(list(waiting))
+
+    def _search(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, deadline: float
+    ) -> Iterator[Completion]:
+        """Ask for one token after each growing beam, round after round; the prefix cache knows what stands before it.
+
+        vLLM's own `beam_search` knows one end token, and needs the tokenizer to know that.
+        """
+        vocabulary = self._llm.model_config.get_vocab_size()
+        ask = SamplingParams(
+            temperature=0.0, max_tokens=1, logprobs=min(BeamSearch.choices(plan), vocabulary), ignore_eos=True,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        searches = [BeamSearch(index, plan) for index in range(len(prompts))]
+        while searches:
+            with fatal(self, "submitting the beams"), _quiet():
+                waiting = {
+                    self._add({"prompt_token_ids": [*prompts[search.prompt], *beam.tokens]}, ask): (row, place)
+                    for row, search in enumerate(searches)
+                    for place, beam in enumerate(search.growing)
+                }
+            outputs = dict(self._outputs(waiting, deadline))
+            over = []
+            with fatal(self, "searching"):
+                for row, search in enumerate(searches):
+                    search.advance([_following(outputs[row, place]) for place in range(len(search.growing))])
+                    over += [] if search.growing else list(search.completions(seeds[search.prompt]))
+            searches = [search for search in searches if search.growing]
+            yield from over
 
     def _submit(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling
@@ -297,6 +334,17 @@ def _completions(output: Any, index: int, first: int, seeds: Sequence[int]) -> I
             )
         finish: Literal["stop", "length"] = response.finish_reason
         yield Completion(index, sample, tokens, logprobs, finish, response_seed(seeds[index], sample))
+
+
+def _following(output: Any) -> list[Next]:
+    """The likeliest next tokens, from a request for one token."""
+    found = [Next(token, float(said.logprob)) for token, said in output.outputs[0].logprobs[0].items()]
+    if not all(-math.inf < choice.logprob <= 0 for choice in found):
+        raise EngineError(
+            f"next tokens have log-probabilities that cannot be: {[choice.logprob for choice in found[:5]]}",
+            do="check the checkpoint's tensors",
+        )
+    return sorted(found, key=lambda choice: -choice.logprob)
 
 
 class _Tensors(contextlib.ExitStack):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.contracts import PROMPTS
 from pipeline.engines import Completion, Sampling
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError
+from pipeline.models.checkpoint import load_policy
+from pipeline.models.forward import response_logprobs
 from pipeline.sources.rows import identity
 from pipeline.text import Chat
 from stages.rollout import Asked, occurrences, questions, rollout, sampled, short_enough, stream, tokenized
@@ -210,6 +212,27 @@ def test_the_greedy_response_is_sample_minus_one(prompts, policy, sampling, tmp_
     other = sampling(greedy=True, group_size=2, count=3, draw="other")
     again = rollout.run(tmp_path / "b", other, prompts=prompts.path, policy=policy.path).table().to_pylist()
     assert [row["response"] for row in rows[::3]] == [row["response"] for row in again[::3]]
+
+
+def test_beams_are_a_groups_likeliest_responses_without_log_probabilities(prompts, policy, sampling, tmp_path, sound):
+    settings = sampling(beams=4, group_size=3, count=4)
+    made = rollout.run(tmp_path / "out", settings, prompts=prompts.path, policy=policy.path)
+    sound(made)
+    assert {path: pq.read_schema(path).metadata[b"beams"] for path in made.part_paths()} == {made.part_paths()[0]: b"4"}
+    rows = made.table().to_pylist()
+    assert {row["sampler_logprobs"] for row in rows} == {None}
+    assert len({row["seed"] for row in rows}) == 4
+    with torch.no_grad():
+        tokens = ([row[name] for row in rows] for name in ("prompt_tokens", "response_tokens"))
+        scores = response_logprobs(load_policy(policy.path, "float32"), *tokens).logprobs.sum(dim=1).reshape(4, 3)
+    assert (scores[:, :-1] > scores[:, 1:]).all()
+
+
+def test_beams_that_would_draw_are_refused_with_the_settings(sampling):
+    with pytest.raises(ExperimentError, match="leave temperature, top_p, top_k and greedy at their defaults"):
+        sampling(beams=4, temperature=0.7)
+    with pytest.raises(ExperimentError, match="beams = 3 cannot give group_size = 4 responses"):
+        sampling(beams=3)
 
 
 def test_cut_responses_say_so(prompts, policy, sampling, tmp_path, numbers):

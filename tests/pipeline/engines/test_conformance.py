@@ -13,6 +13,9 @@ SEEDS = [11, 2**40, 303, 2**62]
 PLAN = Sampling(group_size=3, max_tokens=12, stop_ids=(1, 4), greedy=True)
 
 
+SEARCH = Sampling(group_size=3, beams=5, max_tokens=12, stop_ids=(1, 4))
+
+
 @pytest.fixture(params=list(ENGINES))
 def engine(request, loaded):
     return loaded(request.param)
@@ -206,6 +209,62 @@ def test_cut_distributions_agree_between_the_engines(loaded):
         assert pair["vllm"] == pytest.approx(pair["transformers"], abs=1e-4)
 
 
+def scored(checkpoint, pairs):
+    """Log-probability of each (prompt, response), summed."""
+    read = response_logprobs(load_policy(checkpoint, "float32"), *zip(*pairs, strict=True))
+    return read.logprobs.detach().double().sum(dim=1).tolist()
+
+
+def test_a_group_of_beams_is_complete_and_the_likeliest_comes_first(model_engine, checkpoints):
+    found = sample(model_engine, plan=SEARCH)
+    assert sorted(found) == [(p, s) for p in range(len(PROMPTS)) for s in range(3)]
+    for prompt in range(len(PROMPTS)):
+        group = [found[prompt, s] for s in range(3)]
+        scores = scored(checkpoints["untied_a"], [(PROMPTS[prompt], c.tokens) for c in group])
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(c.tokens) for c in group}) == 3
+    for c in found.values():
+        assert (c.logprobs, c.seed) == (None, SEEDS[c.prompt])
+        assert (c.finish == "stop") == (c.tokens[-1] in SEARCH.stop_ids)
+        assert c.finish == "stop" or len(c.tokens) == SEARCH.max_tokens
+
+
+def test_the_best_beam_is_at_least_as_likely_as_the_greedy_response_and_one_beam_is_that_response(
+    model_engine, checkpoints
+):
+    greedy = sample(model_engine)
+    best, only = (
+        sample(model_engine, plan=SEARCH.model_copy(update={"group_size": 1, "beams": beams})) for beams in (5, 1)
+    )
+    for prompt, tokens in enumerate(PROMPTS):
+        pair = [(tokens, found.tokens) for found in (best[prompt, 0], greedy[prompt, GREEDY])]
+        one, other = scored(checkpoints["untied_a"], pair)
+        assert one >= other - 1e-5
+        assert only[prompt, 0].tokens == greedy[prompt, GREEDY].tokens
+
+
+def test_as_many_beams_as_tokens_find_the_likeliest_of_all_short_responses(model_engine, checkpoints):
+    size = load_policy(checkpoints["untied_a"], "float32").config.vocab_size
+    responses = [[token] for token in SEARCH.stop_ids]
+    responses += [[a, b] for a in range(size) if a not in SEARCH.stop_ids for b in range(size)]
+    scores = scored(checkpoints["untied_a"], [([9], response) for response in responses])
+    ranked = sorted(zip(scores, responses, strict=True), reverse=True)
+    plan = SEARCH.model_copy(update={"beams": size, "group_size": 9, "max_tokens": 2})
+    found = sample(model_engine, [[9]], [0], plan)
+    assert [found[0, s].tokens for s in range(9)] == [response for _, response in ranked[:9]]
+
+
+@pytest.mark.parametrize("checkpoint", ["untied_b", "tied_a"])
+def test_beams_are_the_same_in_both_engines(loaded, checkpoint):
+    one, other = (sample(loaded(name, checkpoint), plan=SEARCH) for name in MODELS)
+    assert {key: c.tokens for key, c in one.items()} == {key: c.tokens for key, c in other.items()}
+
+
+def test_more_beams_than_tokens_are_refused(model_engine):
+    with pytest.raises(EngineError, match="1000 beams are more than the vocabulary"):
+        model_engine.generate([[5]], [0], SEARCH.model_copy(update={"beams": 1000}))
+
+
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 @pytest.mark.parametrize("name", MODELS)
 def test_after_load_an_engine_samples_like_a_fresh_one(loaded, name, kind):
@@ -221,9 +280,10 @@ def test_after_load_an_engine_samples_like_a_fresh_one(loaded, name, kind):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sampling_longer_than_the_timeout_is_an_error_and_closes(build, checkpoints, name):
+@pytest.mark.parametrize("plan", [PLAN, SEARCH], ids=["sampling", "search"])
+def test_sampling_longer_than_the_timeout_is_an_error_and_closes(build, checkpoints, name, plan):
     engine = build(name, timeout=1e-3)
     engine.load(checkpoints["untied_a"])
     with pytest.raises(EngineError, match="took longer than"):
-        list(engine.generate(PROMPTS, SEEDS, PLAN))
+        list(engine.generate(PROMPTS, SEEDS, plan))
     assert engine.closed

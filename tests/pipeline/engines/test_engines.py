@@ -64,7 +64,13 @@ def test_an_engine_that_failed_is_not_handed_out_again(checkpoint, tmp_path):
         {"top_p": 1.1},
         {"top_k": 0},
         {"max_tokens": 0},
-        {"beams": 4},
+        {"beams": 0},
+        {"beams": 2, "group_size": 3},
+        {"beams": 4, "temperature": 0.9},
+        {"beams": 4, "top_p": 0.9},
+        {"beams": 4, "top_k": 3},
+        {"beams": 4, "greedy": True},
+        {"beans": 4},
     ],
 )
 def test_a_plan_that_means_nothing_is_refused(wrong):

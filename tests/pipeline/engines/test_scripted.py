@@ -63,3 +63,11 @@ def test_without_a_script_it_babbles_evenly(checkpoint):
     assert set(tokens) <= set(range(50))
     assert len(set(tokens)) > 30
     assert found[0, 0].logprobs[0] == -math.log(50)
+
+
+def test_it_has_nothing_to_search(checkpoint):
+    engine = ScriptedEngine(EngineOptions())
+    engine.load(checkpoint)
+    with pytest.raises(EngineError, match="cannot search with beams"):
+        engine.generate([[5]], [0], Sampling(group_size=2, beams=2, max_tokens=4, stop_ids=(1,)))
+    assert len(say(engine, [[5]])) == 4

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.engines import Sampling
 from pipeline.engines.transformers import cut, sample_tokens
 from pipeline.errors import EngineError
+from pipeline.models.checkpoint import load_policy
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
 
@@ -77,6 +78,33 @@ def test_small_batches_change_nothing(build, checkpoints):
         engine = build("transformers", max_num_seqs=rows)
         engine.load(checkpoints["tied_a"])
         found.append({(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, seeds, plan(group_size=3))})
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("stop_ids", [(1,), (1, 4), tuple(range(1, 20))])
+def test_beams_are_those_of_transformers_without_a_length_penalty(loaded, checkpoints, stop_ids):
+    chosen = plan(group_size=4, beams=6, max_tokens=10, stop_ids=stop_ids)
+    prompts = [[5, 6, 7], [9, 30, 12, 8, 8]]
+    found = {(c.prompt, c.sample): c.tokens for c in loaded("transformers").generate(prompts, [0, 1], chosen)}
+    model = load_policy(checkpoints["untied_a"], "float32")
+    for index, prompt in enumerate(prompts):
+        theirs = model.generate(
+            torch.tensor([prompt]), num_beams=6, num_return_sequences=4, do_sample=False, max_new_tokens=10,
+            length_penalty=0.0, eos_token_id=list(stop_ids), pad_token_id=20,
+        )  # fmt: skip
+        for sample, row in enumerate(theirs[:, len(prompt) :].tolist()):
+            assert row[: len(found[index, sample])] == found[index, sample]
+            assert set(row[len(found[index, sample]) :]) <= {20}
+
+
+def test_small_batches_change_no_beam(build, checkpoints):
+    prompts = [[n % 40 + 3] * (n + 1) for n in range(9)]
+    found = []
+    for rows in (1, 16, 64):
+        engine = build("transformers", max_num_seqs=rows)
+        engine.load(checkpoints["tied_a"])
+        chosen = plan(group_size=3, beams=4)
+        found.append({(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, list(range(9)), chosen)})
     assert found[0] == found[1] == found[2]
 
 
