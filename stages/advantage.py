@@ -1,18 +1,20 @@
-"""rollouts, labels (, scores) -> advantages: shaping, credit, normalization; the one join.
+"""rollouts, labels (, scores) -> advantages: shaping, credit, normalization, importance; the one join.
 
 All rows of the iteration are handed to the pieces at once: statistics over groups or over the batch then cannot
 depend on how the rows are split into parts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
 from pipeline import ragged
 from pipeline.algorithms.advantages import ADVANTAGES, Credit
+from pipeline.algorithms.importance import IMPORTANCE
 from pipeline.algorithms.normalizers import NORMALIZERS
 from pipeline.algorithms.shaping import SHAPES, on_last_token
 from pipeline.algorithms.shelf import FROM_MODELS, Line, Piece
@@ -22,9 +24,12 @@ from pipeline.contracts import LABELS, ROLLOUTS, SCORES
 from pipeline.errors import ContractError
 from pipeline.experiment import Experiment
 from pipeline.stage import StageSettings, stage
+from pipeline.training.explained import explained_variance
 
 Columns = dict[str, Any]
 PART_ROWS = 4096
+GREEDY = -1
+"""The `sample` of the greedy response."""
 
 
 class Settings(StageSettings):
@@ -36,12 +41,17 @@ class Settings(StageSettings):
     """A recipe line of the advantage shelf."""
     normalize: Line | None = None
     """A recipe line of the normalize shelf."""
+    importance: Line | None = None
+    """A recipe line of the importance shelf."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`recipe.shape`, `recipe.advantage`, `recipe.normalize`."""
+        """`recipe.shape`, `recipe.advantage`, `recipe.normalize`, `recipe.importance`."""
         recipe = experiment.recipe
-        return {"shape": recipe.shape, "advantage": recipe.advantage, "normalize": recipe.normalize}
+        return {
+            "shape": recipe.shape, "advantage": recipe.advantage, "normalize": recipe.normalize,
+            "importance": recipe.importance,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Inputs:
 def joined(rollouts: Sequence[Artifact], labels: Sequence[Artifact], scores: Artifact | None) -> pa.Table:
     """One table of the kept rows: rollouts with their labels and, where there are any, their scores.
 
+    Column `greedy` is the reward of the greedy response to the same prompt, kept or not; null without one.
     Raises `ContractError` when keys do not match.
     """
     if len(rollouts) != len(labels):
@@ -75,7 +86,11 @@ def _with_labels(rollouts: Artifact, labels: Artifact) -> pa.Table:
         raise ContractError("the labels are of other rollouts", f"{labels.path} and {rollouts.path}")
     for name in ("reward", "correct", "keep"):
         responses = responses.append_column(name, marks[name])
-    return responses.filter(marks["keep"]).replace_schema_metadata(None)
+    keys = list(zip(marks["prompt_id"].to_pylist(), marks["sample"].to_pylist(), strict=True))
+    rewards = marks["reward"].to_pylist()
+    greedy = {prompt_id: reward for (prompt_id, sample), reward in zip(keys, rewards, strict=True) if sample == GREEDY}
+    told = pa.array([greedy.get(prompt_id) for prompt_id, _ in keys], pa.float32())
+    return responses.append_column("greedy", told).filter(marks["keep"]).replace_schema_metadata(None)
 
 
 def _with_scores(table: pa.Table, scores: Artifact) -> pa.Table:
@@ -100,44 +115,98 @@ def _keys(table: pa.Table) -> list[tuple[str, int]]:
 
 
 def columns_of(table: pa.Table) -> Columns:
-    """The columns that shape, advantage and normalize pieces may ask for, padded to [B, T]."""
+    """The columns that pieces may ask for, padded to [B, T]; those that some row lacks are left out."""
     mask = ragged.mask_of(ragged.lengths(table["response_tokens"]))
     columns: Columns = {
         "mask": mask,
         "group": np.unique(np.asarray(table["prompt_id"].to_pylist()), return_inverse=True)[1],
-        "greedy": table["sample"].to_numpy() == -1,
         "finished": np.asarray([finish == "stop" for finish in table["finish"].to_pylist()]),
         "rewards": on_last_token(table["reward"].to_numpy(), mask),
     }
-    for name in ("old_logprobs", "ref_logprobs", "values"):
-        if name in table.column_names:
+    for name in ("old_logprobs", "ref_logprobs", "values", "sampler_logprobs"):
+        if name in table.column_names and table[name].null_count == 0:
             columns[name] = ragged.pad(table[name], mask.shape[1])
+    if table["greedy"].null_count == 0:
+        columns["greedy"] = table["greedy"].to_numpy()
     return columns
 
 
-def credited(
-    columns: Columns, shapers: Sequence[Piece[Any]], advantage: Piece[Credit], normalizer: Piece[Any] | None
-) -> tuple[Credit, np.ndarray]:
-    """Shape, assign credit, normalize. Returns the credit and the shaped reward of each token [B, T]."""
-    for shaper in shapers:
+@dataclass(frozen=True)
+class Pieces:
+    """A recipe between reward and update."""
+
+    shapers: Sequence[Piece[Any]]
+    advantage: Piece[Credit]
+    normalizer: Piece[Any] | None = None
+    importance: Piece[Any] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Pieces":
+        """Take the pieces from their shelves. Raises `RecipeError`."""
+        return cls(
+            [SHAPES.take(line) for line in settings.shape],
+            ADVANTAGES.take(settings.advantage),
+            NORMALIZERS.take(settings.normalize) if settings.normalize is not None else None,
+            IMPORTANCE.take(settings.importance) if settings.importance is not None else None,
+        )
+
+    def refuse_gaps(self, table: pa.Table) -> None:
+        """Raise `ContractError` where a piece reads what rollouts and labels may lack, and some rows do."""
+        for piece in (self.advantage, self.importance):
+            if piece is None:
+                continue
+            for name in piece.needs:
+                if name in GAPS and table[name].null_count:
+                    rows = table.filter(table[name].is_null())
+                    first = ", ".join(dict.fromkeys(rows["prompt_id"].to_pylist()[:5]))
+                    raise ContractError(
+                        f"{piece.card.shelf} {piece.name!r} needs {name}, and {rows.num_rows} kept rows have none",
+                        f"prompts {first}",
+                        GAPS[name],
+                    )
+
+
+GAPS = {
+    "greedy": "sample with rollout.greedy = true, so that every group has its greedy response",
+    "sampler_logprobs": "sample with an engine that tells its log-probabilities, or take `importance` out",
+}
+"""Columns that rollouts and labels may be without, and what to do then."""
+
+
+@dataclass(frozen=True)
+class Credited:
+    """What the pieces made of the rewards."""
+
+    credit: Credit
+    shaped: Float[np.ndarray, "B T"]
+    """The reward of each token after shaping."""
+    weights: Float[np.ndarray, "B T"] | None
+    """What the advantages were multiplied by against the sampler's mismatch; None where nothing was."""
+
+
+def credited(columns: Columns, pieces: Pieces) -> Credited:
+    """Shape, assign credit, normalize, weigh. Returns are not weighed: a critic learns what was, not what counts."""
+    for shaper in pieces.shapers:
         columns = {**columns, "rewards": shaper(columns)}
-    credit = advantage(columns)
-    if normalizer is not None:
-        credit = Credit(normalizer({**columns, "advantages": credit.advantages}), credit.returns)
-    return credit, columns["rewards"]
+    credit = pieces.advantage(columns)
+    if pieces.normalizer is not None:
+        credit = replace(credit, advantages=pieces.normalizer({**columns, "advantages": credit.advantages}))
+    weights = None
+    if pieces.importance is not None:
+        weights = pieces.importance(columns)
+        credit = replace(credit, advantages=np.where(columns["mask"], credit.advantages * weights, 0))
+    return Credited(credit, columns["rewards"], weights)
 
 
-@stage(writes=TABLE, version=1)
+@stage(writes=TABLE, version=2)
 def advantage(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Turn rewards into credit per token, in one self-contained training table."""
+    pieces = Pieces.of(settings)
     table = joined(inputs.rollouts, inputs.labels, inputs.scores)
+    pieces.refuse_gaps(table)
     columns = columns_of(table)
-    credit, shaped = credited(
-        columns,
-        [SHAPES.take(line) for line in settings.shape],
-        ADVANTAGES.take(settings.advantage),
-        NORMALIZERS.take(settings.normalize) if settings.normalize is not None else None,
-    )
+    result = credited(columns, pieces)
+    credit = result.credit
     mask = columns["mask"]
     made: dict[str, Any] = {name: table[name] for name in ("prompt_id", "sample", "prompt_tokens", "response_tokens")}
     made["advantages"] = ragged.unpad(credit.advantages, mask, pa.float32())
@@ -148,12 +217,16 @@ def advantage(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     )
     made |= {name: table[name] for name in ("old_logprobs", "ref_logprobs", "values") if name in table.column_names}
     made["reward"] = table["reward"]
-    made["shaped_reward"] = pa.array(np.where(mask, shaped, 0).sum(axis=1), pa.float32())
+    made["shaped_reward"] = pa.array(np.where(mask, result.shaped, 0).sum(axis=1), pa.float32())
     made["correct"] = table["correct"]
+    made["finished"] = pa.array(columns["finished"])
     whole = pa.table(made)
     for index, (start, end) in enumerate(cuts(columns["group"], PART_ROWS)):
         out.write(index, whole.slice(start, end - start))
-    _measure(credit, columns, made, out)
+    rewards = {name: np.asarray(made[name].to_numpy(), np.float64) for name in ("reward", "shaped_reward")}
+    for name, (value, unit) in measured(result, columns, pieces, rewards).items():
+        out.metrics.add(name, value, unit)
+    out.stats["groups"] = len(np.unique(columns["group"]))
 
 
 def cuts(group: np.ndarray, rows: int) -> list[tuple[int, int]]:
@@ -167,15 +240,36 @@ def cuts(group: np.ndarray, rows: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _measure(credit: Credit, columns: Columns, made: Mapping[str, Any], out: Outbox) -> None:
-    tokens = credit.advantages[columns["mask"]]
-    rewards, shaped = np.asarray(made["reward"].to_numpy()), np.asarray(made["shaped_reward"])
-    out.metrics.add("reward/kept_mean", float(rewards.mean()), "reward")
-    out.metrics.add("reward/shaped_mean", float(shaped.mean()), "reward")
-    out.metrics.add("advantage/mean", float(tokens.mean()), "reward")
-    out.metrics.add("advantage/std", float(tokens.std()), "reward")
-    out.metrics.add("advantage/zero_tokens", float((tokens == 0).mean()), "fraction")
-    out.stats["groups"] = len(np.unique(columns["group"]))
+Metrics = dict[str, tuple[float, str]]
+
+
+def measured(
+    result: Credited, columns: Columns, pieces: Pieces, rewards: Mapping[str, Float[np.ndarray, " B"]]
+) -> Metrics:
+    """Metric -> value and unit, over all response tokens where nothing else is said."""
+    mask, group = columns["mask"], columns["group"]
+    tokens = result.credit.advantages[mask].astype(np.float64)
+    signal = np.bincount(group, weights=((result.credit.advantages != 0) & mask).any(axis=1))
+    numbers: Metrics = {
+        "reward/kept_mean": (float(rewards["reward"].mean()), "reward"),
+        "reward/shaped_mean": (float(rewards["shaped_reward"].mean()), "reward"),
+        "reward/zero_signal_groups": (float((signal == 0).mean()), "fraction"),
+        "advantage/mean": (float(tokens.mean()), "reward"),
+        "advantage/std": (float(tokens.std()), "reward"),
+        "advantage/zero_tokens": (float((tokens == 0).mean()), "fraction"),
+    }
+    if result.credit.returns is not None:
+        returns = result.credit.returns[mask].astype(np.float64)
+        numbers["returns/mean"] = (float(returns.mean()), "reward")
+        if "values" in columns and returns.var() > 0:
+            explained = explained_variance(columns["values"][mask].astype(np.float64), returns)
+            numbers["value/explained_variance"] = (explained, "")
+    if result.weights is not None and pieces.importance is not None:
+        weights = result.weights[mask].astype(np.float64)
+        cap = np.float32(pieces.importance.settings.get("cap", np.inf))
+        numbers["importance/mean"] = (float(weights.mean()), "1")
+        numbers["importance/capped"] = (float((weights >= cap).mean()), "fraction")
+    return numbers
 
 
 if __name__ == "__main__":

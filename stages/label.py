@@ -1,27 +1,48 @@
-"""rollouts, prompts (, scores) -> labels: reward every response; decide which rows train, and say why not."""
+"""rollouts, prompts (, scores) -> labels: reward every response; decide which rows train, and say why not.
+
+Reference answers reach the rewards only where the labeler asks for verdicts. Everywhere else they are looked at for
+the column `gold`, the column `verdict` and the metrics: nothing that is trained on depends on them.
+"""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 from pydantic import Field
 
-from pipeline import grading, ragged
-from pipeline.algorithms.filters import FILTERS
+from pipeline import ragged, seeds
+from pipeline.algorithms.filters import FILTERS, Kept
 from pipeline.algorithms.labels import LABELS as LABELERS
+from pipeline.algorithms.labels import Labels
 from pipeline.algorithms.shelf import Line, Piece
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import LABELS, PROMPTS, ROLLOUTS, SCORES
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, InputError
 from pipeline.experiment import Experiment
 from pipeline.grading import Judgement
+from pipeline.grading.measures import accuracies, election
+from pipeline.grading.mixed import Reading, read
 from pipeline.stage import StageSettings, stage
 
+GREEDY = -1
+"""The `sample` of the greedy response: it is rewarded like any other, never trains and counts in no statistic."""
+
+NO_VERDICT = {"timeout": "grader timeout", "error": "grader error", "bad reference": "bad reference"}
+"""A row that could not be judged does not train: its reward would be a guess."""
+
+UNITS = {"reward/mean": "reward", "reward/greedy_mean": "reward", "vote/entropy": "nat"}
+"""Of the means that are not fractions."""
+
+SCORE_FIRST = 'run `score` with --set needs=["reward_scores"], and give what it makes as --judgements'
+"""What to do where a reward model has to judge first."""
+
 Columns = dict[str, Any]
+Prompt = Mapping[str, Any]
 
 
 class Settings(StageSettings):
@@ -35,12 +56,17 @@ class Settings(StageSettings):
     """Groups still wanted this iteration; all when absent. Groups beyond it stay, marked `surplus group`."""
     grader_seconds: float = Field(5.0, gt=0)
     """One answer's grading is killed after this time; the row is then dropped, not punished."""
+    seed: int = 0
+    """Of the lottery, for filters that draw."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`recipe.label` and `recipe.filter`."""
+        """`recipe.label`, `recipe.filter` and `seed`."""
         recipe = experiment.recipe
-        return {"label": recipe.label, "filter": recipe.filter, "grader_seconds": experiment.resources.grader_seconds}
+        return {
+            "label": recipe.label, "filter": recipe.filter, "grader_seconds": experiment.resources.grader_seconds,
+            "seed": experiment.seed,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,7 @@ class Inputs:
     judgements: Annotated[Artifact | None, SCORES] = None
 
 
-def asked(prompt_ids: Sequence[str], prompts: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def asked(prompt_ids: Sequence[str], prompts: Mapping[str, Prompt]) -> list[Prompt]:
     """The prompt of each row; `#1` of a second draw aside. Raises `ContractError` for a row that asks nothing."""
     plain = [prompt_id.partition("#")[0] for prompt_id in prompt_ids]
     unknown = sorted({prompt_id for prompt_id in plain if prompt_id not in prompts})
@@ -64,37 +90,108 @@ def asked(prompt_ids: Sequence[str], prompts: Mapping[str, Mapping[str, Any]]) -
     return [prompts[prompt_id] for prompt_id in plain]
 
 
-def graded(responses: Sequence[str], rows: Sequence[Mapping[str, Any]], seconds: float) -> list[Judgement]:
-    """One judgement per response, each by the grader that its prompt names."""
-    judgements: list[Judgement | None] = [None] * len(responses)
-    for name in sorted({row["grader"] for row in rows}):
-        places = [place for place, row in enumerate(rows) if row["grader"] == name]
-        verdicts = grading.judge(
-            name, [responses[p] for p in places], [rows[p]["answer"] for p in places],
-            timeout=seconds, workers=os.cpu_count() or 1,
-        )  # fmt: skip
-        for place, verdict in zip(places, verdicts, strict=True):
-            judgements[place] = verdict
-    return [judgement for judgement in judgements if judgement is not None]
+def answered(row: Prompt) -> bool:
+    """Whether a response to this prompt can be right or wrong."""
+    return row["answer"] is not None and row["grader"] != "none"
 
 
-def group_numbers(prompt_ids: Sequence[str]) -> np.ndarray:
-    """Number of the group of each row, from 0."""
-    return np.unique(np.asarray(prompt_ids), return_inverse=True)[1]
+def columns_of(part: pa.Table) -> Columns:
+    """The columns that every part has for label and filter pieces."""
+    columns: Columns = {
+        "responses": part["response"].to_pylist(),
+        "group": np.unique(np.asarray(part["prompt_id"].to_pylist()), return_inverse=True)[1],
+        "sample": part["sample"].to_numpy(),
+        "finished": np.asarray([finish == "stop" for finish in part["finish"].to_pylist()]),
+        "mask": ragged.mask_of(ragged.lengths(part["response_tokens"])),
+    }
+    if part["sampler_logprobs"].null_count == 0:
+        columns["sampler_logprobs"] = ragged.pad(part["sampler_logprobs"])
+    return columns
 
 
-def dropped(columns: Columns, filters: Sequence[Piece[Any]], statuses: Sequence[str | None]) -> list[str | None]:
+def lottery(part: pa.Table, seed: int) -> Float[np.ndarray, " B"]:
+    """A number in [0, 1) for each row, that depends on nothing but seed and key."""
+    keys = zip(part["prompt_id"].to_pylist(), part["sample"].to_pylist(), strict=True)
+    return np.asarray([(seeds.derive(seed, "lottery", *key) >> 10) / 2**53 for key in keys])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A part with its rewards."""
+
+    columns: Columns
+    reading: Reading
+    labels: Labels
+    targets: Sequence[str | None]
+    """What the labeler compared each response with."""
+    reasons: list[str | None]
+    """Why each row does not train; None where it does."""
+
+
+def judged(
+    part: pa.Table, rows: Sequence[Prompt], labeler: Piece[Labels], filters: Sequence[Piece[Kept]],
+    settings: Settings, scores: Float[np.ndarray, " B"] | None = None,
+) -> Judged:  # fmt: skip
+    """Reward the responses of a part and let the filters look. Raises `ContractError` for a column that is not there.
+
+    Filters see what the labeler takes for right, and the rows that the filters before them kept.
+    """
+    columns = columns_of(part)
+    if "sampler_logprobs" in labeler.needs and "sampler_logprobs" not in columns:
+        raise ContractError(
+            f"label {labeler.name!r} needs sampler_logprobs, and these rollouts were adopted without them",
+            "rollouts, column sampler_logprobs",
+            "sample with `rollout`, or choose a recipe with another labeler",
+        )
+    reading = read(
+        [row["grader"] for row in rows], columns["responses"],
+        [row["answer"] if answered(row) else None for row in rows], columns["group"].tolist(),
+        needs=labeler.needs, last=columns["sample"] == GREEDY,
+        timeout=settings.grader_seconds, workers=os.cpu_count() or 1,
+    )  # fmt: skip
+    if "verdicts" in labeler.needs:
+        columns["verdicts"] = _numbers([judgement.correct if judgement else None for judgement in reading.gold])
+    if reading.classes is not None:
+        columns["answers"] = reading.classes
+    if scores is not None:
+        columns["reward_scores"] = scores
+    labels = labeler(columns)
+    target: Sequence[str | None] = [row["answer"] if "verdicts" in labeler.needs else None for row in rows]
+    if labels.target is not None:
+        target = winners(columns, labels.target, reading.extracted)
+    columns |= {"rewards": labels.rewards, "verdicts": labels.verdicts}
+    if any("lottery" in piece.needs for piece in filters):
+        columns["lottery"] = lottery(part, settings.seed)
+    return Judged(columns, reading, labels, target, dropped(columns, filters, reading.statuses))
+
+
+def _numbers(right: Sequence[bool | None]) -> Float[np.ndarray, " B"]:
+    return np.asarray([np.nan if one is None else float(one) for one in right])
+
+
+def winners(columns: Columns, target: np.ndarray, extracted: Sequence[str | None]) -> list[str | None]:
+    """The first answer, among the sampled responses, of the class that each row was compared with."""
+    first: dict[tuple[int, int], str | None] = {}
+    for row in np.argsort(columns["sample"] == GREEDY, kind="stable"):
+        first.setdefault((columns["group"][row], columns["answers"][row]), extracted[row])
+    return [
+        None if number < 0 else first.get((group, number))
+        for group, number in zip(columns["group"], target, strict=True)
+    ]
+
+
+def dropped(columns: Columns, filters: Sequence[Piece[Kept]], statuses: Sequence[str | None]) -> list[str | None]:
     """Why each row does not train; None where it does. A filter sees the rows that those before it kept."""
     reasons = np.array([NO_VERDICT.get(status or "") for status in statuses], dtype=object)
+    greedy = columns["sample"] == GREEDY
+    adrift = np.isin(columns["group"], columns["group"][greedy & (reasons != None)])  # noqa: E711  # elementwise
+    reasons[adrift & (reasons == None)] = "no greedy reward"  # noqa: E711  # elementwise
+    reasons[greedy] = "greedy baseline"
     for piece in filters:
         left = np.flatnonzero(reasons == None)  # noqa: E711  # elementwise
         kept = piece({name: columns[name][left] for name in piece.needs})
         reasons[left[~kept.keep]] = kept.reason
     return list(reasons.tolist())
-
-
-NO_VERDICT = {"timeout": "grader timeout", "error": "grader error", "bad reference": "bad reference"}
-"""A row that could not be judged does not train: its reward would be a guess."""
 
 
 def without_surplus(reasons: list[str | None], group: np.ndarray, room: int) -> tuple[list[str | None], int]:
@@ -108,110 +205,95 @@ def without_surplus(reasons: list[str | None], group: np.ndarray, room: int) -> 
     return marked, min(room, len(kept_groups))
 
 
-def majority_right(group: np.ndarray, judgements: Sequence[Judgement]) -> list[bool]:
-    """Per group: is the most frequent answer (the earliest of equals) the right one? Nothing found is no vote."""
-    answers: dict[int, Counter[str]] = {}
-    right: dict[tuple[int, str], bool] = {}
-    for g, judgement in zip(group.tolist(), judgements, strict=True):
-        votes = answers.setdefault(g, Counter())
-        if judgement.extracted is not None:
-            votes[judgement.extracted] += 1
-            right[g, judgement.extracted] = bool(judgement.correct)
-    return [bool(votes) and right[g, votes.most_common(1)[0][0]] for g, votes in answers.items()]
-
-
-def columns_of(part: pa.Table, judgements: Sequence[Judgement]) -> Columns:
-    """The columns that label and filter pieces may ask for."""
-    counts = ragged.lengths(part["response_tokens"])
-    right = {True: 1.0, False: 0.0, None: np.nan}
-    columns: Columns = {
-        "responses": part["response"].to_pylist(),
-        "group": group_numbers(part["prompt_id"].to_pylist()),
-        "sample": part["sample"].to_numpy(),
-        "finished": np.asarray([finish == "stop" for finish in part["finish"].to_pylist()]),
-        "mask": ragged.mask_of(counts),
-    }
-    if judgements:
-        columns["verdicts"] = np.asarray([right[judgement.correct] for judgement in judgements])
-    if part["sampler_logprobs"].null_count == 0:
-        columns["sampler_logprobs"] = ragged.pad(part["sampler_logprobs"])
-    return columns
-
-
-def labelled(part: pa.Table, columns: Columns, rewards: np.ndarray, reasons: Sequence[str | None],
-             judgements: Sequence[Judgement], rows: Sequence[Mapping[str, Any]]) -> pa.Table:  # fmt: skip
+def labelled(part: pa.Table, made: Judged, reasons: Sequence[str | None]) -> pa.Table:
     """Rows of the labels contract."""
     nothing = [None] * part.num_rows
-    made = {
+    right = {1.0: True, 0.0: False}
+    share = made.labels.vote_share
+    columns = {
         "prompt_id": part["prompt_id"].to_pylist(),
         "sample": part["sample"].to_pylist(),
-        "reward": rewards,
-        "correct": [j.correct for j in judgements] or nothing,
-        "extracted": [j.extracted for j in judgements] or nothing,
-        "target": [row["answer"] for row in rows] if judgements else nothing,
-        "verdict": [j.status for j in judgements] or nothing,
-        "vote_share": nothing,
+        "reward": made.labels.rewards,
+        "correct": [right.get(verdict) for verdict in made.labels.verdicts.tolist()],
+        "gold": [judgement and judgement.correct for judgement in made.reading.gold],
+        "extracted": made.reading.extracted,
+        "target": made.targets,
+        "verdict": [judgement and judgement.status for judgement in made.reading.gold],
+        "vote_share": nothing if share is None else share.astype(np.float32),
         "keep": [reason is None for reason in reasons],
         "dropped": list(reasons),
     }
-    return pa.table(made, schema=LABELS.schema())
+    return pa.table(columns, schema=LABELS.schema())
 
 
 @dataclass
 class Tally:
     """What the parts add up to."""
 
-    rewards: list[np.ndarray]
-    spreads: list[float]
-    """Per group: largest minus smallest reward."""
-    accuracies: list[float]
-    """Per group: share of right responses among those with a verdict."""
-    solved: list[bool]
-    """Per group: any right response."""
-    majorities: list[bool]
-    verdicts: Counter[str]
-    dropped: Counter[str]
+    shares: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Metrics that are means: the values of rows or of groups."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Metrics that are sums, in rows."""
+    lost: int | None = None
+    """Comparisons of two answers that hung or failed; None where nothing votes."""
+    groups_seen: int = 0
     groups_kept: int = 0
 
-    def add(self, columns: Columns, rewards: np.ndarray, judgements: Sequence[Judgement]) -> None:
+    def add(self, made: Judged, reasons: Sequence[str | None]) -> None:
         """Count one part."""
-        self.rewards.append(rewards)
-        self.verdicts.update(judgement.status for judgement in judgements)
-        for group in range(int(columns["group"].max()) + 1):
-            rows = columns["group"] == group
-            self.spreads.append(float(np.ptp(rewards[rows])))
-            if "verdicts" in columns and np.isfinite(columns["verdicts"][rows]).any():
-                self.accuracies.append(float(np.nanmean(columns["verdicts"][rows])))
-                self.solved.append(bool((columns["verdicts"][rows] == 1.0).any()))
-        if judgements:
-            self.majorities += majority_right(columns["group"], judgements)
+        columns, labels, gold = made.columns, made.labels, made.reading.gold
+        greedy = columns["sample"] == GREEDY
+        self.shares["reward/greedy_mean"] += labels.rewards[greedy].tolist()
+        self.shares["reward/mean"] += labels.rewards[~greedy].tolist()
+        if labels.added_nothing is not None:
+            self.shares["reward/underflow"] += labels.added_nothing[~greedy].tolist()
+        for group in np.unique(columns["group"][~greedy]):
+            rows = np.flatnonzero((columns["group"] == group) & ~greedy).tolist()
+            self._add_group(made, rows, [gold[row] for row in rows])
+        for row in np.flatnonzero(~greedy).tolist():
+            self._add_row(gold[row], float(labels.verdicts[row]), voted=labels.target is not None)
+        self.counts.update(f"dropped/{reason.replace(' ', '_')}" for reason in reasons if reason is not None)
+        if made.reading.classes is not None:
+            self.lost = (self.lost or 0) + made.reading.lost
+
+    def _add_group(self, made: Judged, rows: list[int], gold: Sequence[Judgement | None]) -> None:
+        self.groups_seen += 1
+        numbers = {"reward/zero_spread_groups": float(np.ptp(made.labels.rewards[rows]) == 0), **accuracies(gold)}
+        if made.labels.target is not None:
+            numbers |= election(made.columns["answers"][rows], int(made.labels.target[rows[0]]), gold)
+        for name, value in numbers.items():
+            self.shares[name].append(value)
+
+    def _add_row(self, gold: Judgement | None, verdict: float, *, voted: bool) -> None:
+        if gold is None:
+            return
+        self.counts[f"verdict/{gold.status.replace(' ', '_')}"] += 1
+        if voted and gold.correct is not None and not np.isnan(verdict):
+            self.shares["vote/reward_accuracy"].append(float(gold.correct == verdict))
 
     def report(self, out: Outbox) -> None:
         """Leave the numbers in metrics and stats."""
-        rewards = np.concatenate(self.rewards)
         numbers = {
-            "reward/mean": (float(rewards.mean()), "reward"),
-            "reward/std": (float(rewards.std()), "reward"),
-            "reward/zero_spread_groups": (float(np.mean(np.asarray(self.spreads) == 0)), "fraction"),
-            "groups/kept": (float(self.groups_kept), "groups"),
-            "groups/seen": (float(len(self.spreads)), "groups"),
+            name: (float(np.mean(values)), UNITS.get(name, "fraction"))
+            for name, values in self.shares.items()
+            if values
         }
-        if self.accuracies:
-            numbers |= {
-                "accuracy/mean": (float(np.mean(self.accuracies)), "fraction"),
-                "accuracy/pass_at_k": (float(np.mean(self.solved)), "fraction"),
-                "accuracy/majority_at_k": (float(np.mean(self.majorities)), "fraction"),
-            }
-        numbers |= {f"verdict/{name.replace(' ', '_')}": (float(n), "rows") for name, n in self.verdicts.items()}
-        numbers |= {f"dropped/{name.replace(' ', '_')}": (float(n), "rows") for name, n in self.dropped.items()}
+        numbers["reward/std"] = (float(np.std(self.shares["reward/mean"])), "reward")
+        numbers |= {
+            "groups/kept": (float(self.groups_kept), "groups"),
+            "groups/seen": (float(self.groups_seen), "groups"),
+        }
+        numbers |= {name: (float(count), "rows") for name, count in self.counts.items()}
+        if self.lost is not None:
+            numbers["vote/lost_comparisons"] = (float(self.lost), "comparisons")
         for name, (value, unit) in numbers.items():
             out.metrics.add(name, value, unit)
         out.stats |= {name: value for name, (value, _) in numbers.items()}
 
 
-def refuse_unanswered(rows: Sequence[Mapping[str, Any]], prompts: Artifact) -> None:
+def refuse_unanswered(rows: Sequence[Prompt], prompts: Artifact) -> None:
     """Raise `ContractError` where a verdict is wanted and there is no answer or no grader to give it."""
-    bad = sorted({row["prompt_id"] for row in rows if row["answer"] is None or row["grader"] == "none"})
+    bad = sorted({row["prompt_id"] for row in rows if not answered(row)})
     if bad:
         raise ContractError(
             f"the recipe rewards right answers, but {len(bad)} prompts have no answer or grader: {', '.join(bad[:5])}",
@@ -220,10 +302,24 @@ def refuse_unanswered(rows: Sequence[Mapping[str, Any]], prompts: Artifact) -> N
         )
 
 
-def scores_of(part: pa.Table, judgements: Artifact) -> np.ndarray:
+def refuse_ungraded(rows: Sequence[Prompt], prompts: Artifact) -> None:
+    """Raise `ContractError` where answers are to be compared with each other and there is no grader to do it."""
+    bad = sorted({row["prompt_id"] for row in rows if row["grader"] == "none"})
+    if bad:
+        raise ContractError(
+            f"the recipe compares answers with each other, but {len(bad)} prompts have no grader: {', '.join(bad[:5])}",
+            f"{prompts.path} column grader",
+            "ingest the prompts with a grader (an answer they need not have), or choose a recipe that does not vote",
+        )
+
+
+def scores_of(part: pa.Table, judgements: Artifact) -> Float[np.ndarray, " B"]:
     """The reward model's score of each row. Raises `ContractError` for rows it has not read."""
-    table = judgements.table(["prompt_id", "sample", "reward_scores"])
-    known = {(row["prompt_id"], row["sample"]): row["reward_scores"] for row in table.to_pylist()}
+    table = judgements.table()
+    if "reward_scores" not in table.column_names:
+        raise ContractError("these scores have no reward_scores", str(judgements.path), SCORE_FIRST)
+    columns = (table[name].to_pylist() for name in ("prompt_id", "sample", "reward_scores"))
+    known = {(prompt_id, sample): score for prompt_id, sample, score in zip(*columns, strict=True)}
     keys = list(zip(part["prompt_id"].to_pylist(), part["sample"].to_pylist(), strict=True))
     missing = [key for key in keys if key not in known]
     if missing:
@@ -231,31 +327,29 @@ def scores_of(part: pa.Table, judgements: Artifact) -> np.ndarray:
     return np.asarray([known[key] for key in keys], dtype=np.float32)
 
 
-@stage(writes=LABELS, version=1)
+@stage(writes=LABELS, version=2)
 def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Reward every response; decide which rows train, and say why not."""
     labeler = LABELERS.take(settings.label)
     filters = [FILTERS.take(line) for line in settings.filter]
     prompts = {row["prompt_id"]: row for row in inputs.prompts.table().to_pylist()}
-    needs = {name for piece in (labeler, *filters) for name in piece.needs}
-    tally = Tally([], [], [], [], [], Counter(), Counter())
+    judged_by_model = "reward_scores" in labeler.needs
+    if judged_by_model and inputs.judgements is None:
+        raise InputError(f"label {labeler.name!r} needs reward_scores, and there are no judgements", do=SCORE_FIRST)
+    tally = Tally()
     for index, part in enumerate(inputs.rollouts.parts()):
         rows = asked(part["prompt_id"].to_pylist(), prompts)
-        if "verdicts" in needs:
+        if "verdicts" in labeler.needs:
             refuse_unanswered(rows, inputs.prompts)
-        judgements = graded(part["response"].to_pylist(), rows, settings.grader_seconds) if "verdicts" in needs else []
-        columns = columns_of(part, judgements)
-        if inputs.judgements is not None:
-            columns["reward_scores"] = scores_of(part, inputs.judgements)
-        labels = labeler(columns)
-        columns["rewards"] = labels.rewards
-        reasons = dropped(columns, filters, [j.status for j in judgements] or [None] * part.num_rows)
+        if "answers" in labeler.needs:
+            refuse_ungraded(rows, inputs.prompts)
+        scores = scores_of(part, inputs.judgements) if judged_by_model and inputs.judgements is not None else None
+        made = judged(part, rows, labeler, filters, settings, scores)
         room = part.num_rows if settings.room is None else settings.room - tally.groups_kept
-        reasons, kept = without_surplus(reasons, columns["group"], max(room, 0))
+        reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))
         tally.groups_kept += kept
-        tally.dropped.update(reason for reason in reasons if reason is not None)
-        tally.add(columns, labels.rewards, judgements)
-        out.write(index, labelled(part, columns, labels.rewards, reasons, judgements, rows))
+        tally.add(made, reasons)
+        out.write(index, labelled(part, made, reasons))
     tally.report(out)
 
 

@@ -11,15 +11,18 @@ A grader that may hang or eat memory says `risky = True` and works in processes 
     bad reference    null      the reference is missing or cannot be read; `extracted` is still filled
     timeout          null      grading took longer than the limit
     error            null      the grader failed on this row, or its process died
+
+Where there is no reference, answers are compared with each other: `classes()` numbers the equal ones of a group.
 """
 
 import importlib
-from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.errors import InputError
 
 Status = Literal["correct", "wrong", "no answer", "bad reference", "timeout", "error"]
+Reading = Literal["read", "no answer", "unreadable", "timeout", "error"]
 
 GRADERS = {
     "math": "pipeline.grading.math:MathGrader",
@@ -28,12 +31,20 @@ GRADERS = {
 }
 """Name in the `grader` column -> module and class; the module is imported when the grader is opened."""
 
+PROBE = "0"
+"""Every answer is compared with it before it is compared with others: what cannot bear that cannot bear anything."""
+
+LOST: Mapping[str, Literal["timeout", "error"]] = {"timeout": "timeout", "error": "error"}
+"""Statuses of rows that the grader did not get through."""
+
 
 class Grader(Protocol):
     """Finds the answer in a response and compares it with the reference."""
 
     risky: ClassVar[bool]
     """True: may hang, crash or eat memory on hostile text, so it must run in killable processes."""
+    literal: ClassVar[bool]
+    """True: two extracted answers are the same where they are equal strings, and nowhere else."""
 
     def extract(self, text: str) -> str | None:
         """Return the answer found in a response; None where there is none."""
@@ -54,6 +65,24 @@ class Judgement(NamedTuple):
     correct: bool | None
     extracted: str | None
     status: Status
+
+
+class Vote(NamedTuple):
+    """The answer in one response, and which answers of its group are the same."""
+
+    answer: str | None
+    number: int
+    """Of its class, from 0 in the order of first appearance in the group; -1: nothing that could be compared."""
+    status: Reading
+    """`read`, or why the number is -1; an `unreadable` answer is none that the grader takes as a reference."""
+
+
+class Classes(NamedTuple):
+    """The votes of all groups."""
+
+    votes: list[Vote]
+    lost: int
+    """Comparisons of two answers that hung or failed, and count as not the same."""
 
 
 def open_grader(name: str) -> Grader:
@@ -83,31 +112,126 @@ def judge(
     the next call). Equal rows are judged once. Without a reference the answer is extracted all the same, so a column
     of None extracts. Raises `InputError` for an unknown grader, `ValueError` when the columns differ in length.
     """
-    rows = list(zip(responses, references, strict=True))
+    return _judged(grader_name, list(zip(responses, references, strict=True)), timeout, workers, extracted=False)
+
+
+def compare(
+    grader_name: str,
+    answers: Sequence[str | None],
+    references: Sequence[str | None],
+    *,
+    timeout: float = 5.0,
+    workers: int,
+) -> list[Judgement]:
+    """Judge answers that are extracted already; otherwise as `judge`."""
+    return _judged(grader_name, list(zip(answers, references, strict=True)), timeout, workers, extracted=True)
+
+
+def classes(
+    grader_name: str,
+    responses: Sequence[str],
+    group: Sequence[Hashable],
+    *,
+    timeout: float = 5.0,
+    workers: int,
+) -> Classes:
+    """Extract the answer of each response and number the equal ones of each group; one vote per response, in order.
+
+    An answer is compared with the first member of each class, in the order of the classes, and joins the first that it
+    equals: `same` need be neither symmetric nor transitive, so the order of the responses decides what is compared
+    with what. Equal strings are compared once. `timeout` (in seconds), `workers` and errors are those of `judge`.
+    """
+    rows = list(zip(responses, group, strict=True))
+    found = judge(grader_name, responses, [None] * len(rows), timeout=timeout, workers=workers)
+    answers = list(dict.fromkeys(row.extracted for row in found if row.extracted is not None))
+    probes = compare(grader_name, [PROBE] * len(answers), answers, timeout=timeout, workers=workers)
+    readings = {answer: _reading(probe) for answer, probe in zip(answers, probes, strict=True)}
+    waiting: dict[Hashable, dict[str, None]] = {}
+    for (_, g), row in zip(rows, found, strict=True):
+        if row.extracted is not None and readings[row.extracted] == "read":
+            waiting.setdefault(g, {})[row.extracted] = None
+    distinct = {g: list(those) for g, those in waiting.items()}
+    if open_grader(grader_name).literal:
+        numbers, lost = {(g, answer): n for g, those in distinct.items() for n, answer in enumerate(those)}, 0
+    else:
+        numbers, lost = _numbered(grader_name, distinct, timeout, workers)
+    votes = []
+    for (_, g), (_, answer, status) in zip(rows, found, strict=True):
+        if answer is None:
+            votes.append(Vote(None, -1, LOST.get(status, "no answer")))
+        else:
+            votes.append(Vote(answer, numbers.get((g, answer), -1), readings[answer]))
+    return Classes(votes, lost)
+
+
+def _reading(probe: Judgement) -> Reading:
+    """What comparing an answer with the probe says of it."""
+    return LOST.get(probe.status, "unreadable" if probe.correct is None else "read")
+
+
+def _numbered(
+    grader_name: str, distinct: dict[Hashable, list[str]], timeout: float, workers: int
+) -> tuple[dict[tuple[Hashable, str], int], int]:
+    """Class of each (group, answer), and comparisons lost.
+
+    Each turn makes a class of every group's first answer that has none, and compares the rest with it: the classes
+    that comparing one answer after the other would give, with the comparisons of all groups side by side.
+    """
+    numbers: dict[tuple[Hashable, str], int] = {}
+    turn = lost = 0
+    while distinct:
+        pairs = [(g, answer, those[0]) for g, those in distinct.items() for answer in those[1:]]
+        compared = compare(
+            grader_name, [a for _, a, _ in pairs], [b for _, _, b in pairs], timeout=timeout, workers=workers
+        )
+        lost += sum(judgement.correct is None for judgement in compared)
+        same = {(g, answer) for (g, answer, _), judgement in zip(pairs, compared, strict=True) if judgement.correct}
+        numbers |= {(g, those[0]): turn for g, those in distinct.items()} | dict.fromkeys(same, turn)
+        left = {g: [answer for answer in those[1:] if (g, answer) not in same] for g, those in distinct.items()}
+        distinct = {g: those for g, those in left.items() if those}
+        turn += 1
+    return numbers, lost
+
+
+def _judged(
+    grader_name: str, rows: Sequence[tuple[Any, str | None]], timeout: float, workers: int, *, extracted: bool
+) -> list[Judgement]:
+    """Judge different rows once, where the grader may run."""
     grader = open_grader(grader_name)
     different = list(dict.fromkeys(rows))
     if grader.risky:
         from pipeline.grading.pool import shared_pool
 
-        judged = shared_pool(grader_name).judge(different, timeout=timeout, workers=workers)
+        pool = shared_pool(grader_name)
+        judged = pool.judge(different, timeout=timeout, workers=workers, extracted=extracted)
     else:
-        judged = [judge_row(grader, response, reference) for response, reference in different]
+        row_judge = compare_row if extracted else judge_row
+        judged = [row_judge(grader, text, reference) for text, reference in different]
     verdicts = dict(zip(different, judged, strict=True))
     return [verdicts[row] for row in rows]
 
 
 def judge_row(grader: Grader, response: str, reference: str | None) -> Judgement:
     """Judge one response here and now, without protection from a grader that hangs."""
-    extracted = None
     try:
         extracted = grader.extract(response)
-        if reference is None or not grader.readable(reference):
-            return Judgement(None, extracted, "bad reference")
-        if extracted is None:
-            return Judgement(False, None, "no answer")
-        correct = grader.same(extracted, reference)
     except MemoryError:
         raise  # the process is no longer fit for the next row: its owner decides
     except Exception:
-        return Judgement(None, extracted, "error")
-    return Judgement(correct, extracted, "correct" if correct else "wrong")
+        return Judgement(None, None, "error")
+    return compare_row(grader, extracted, reference)
+
+
+def compare_row(grader: Grader, answer: str | None, reference: str | None) -> Judgement:
+    """Judge one extracted answer here and now, as `judge_row` does."""
+    try:
+        if reference is None or not grader.readable(reference):
+            return Judgement(None, answer, "bad reference")
+        if answer is None:
+            return Judgement(False, None, "no answer")
+        correct = grader.same(answer, reference)
+    except MemoryError:
+        raise
+    except Exception:
+        return Judgement(None, answer, "error")
+    return Judgement(correct, answer, "correct" if correct else "wrong")

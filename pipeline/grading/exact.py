@@ -14,6 +14,7 @@ class ExactGrader:
     """
 
     risky: ClassVar[bool] = False
+    literal: ClassVar[bool] = True
 
     def extract(self, text: str) -> str | None:
         """Return the text after the last mark; None when nothing is there."""

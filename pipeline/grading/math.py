@@ -117,6 +117,7 @@ class MathGrader:
     """The grader for GSM8K, MATH and the like."""
 
     risky: ClassVar[bool] = True
+    literal: ClassVar[bool] = False
 
     def extract(self, text: str) -> str | None:
         """Return the answer in a response, as it is written there."""

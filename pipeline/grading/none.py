@@ -7,6 +7,7 @@ class NoGrader:
     """Finds no answer and reads no reference, so that every row stays without a verdict."""
 
     risky: ClassVar[bool] = False
+    literal: ClassVar[bool] = True
 
     def extract(self, text: str) -> str | None:
         """Return None: nothing is looked for."""

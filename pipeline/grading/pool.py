@@ -41,7 +41,8 @@ START = 120.0
 MOST_FAILED_STARTS = 3
 """Processes in a row that may die without a word before they are ready."""
 
-Row = tuple[str, str | None]
+Row = tuple[str | None, str | None]
+"""A response, or an answer extracted already, and the reference."""
 
 
 class Worker:
@@ -65,10 +66,10 @@ class Worker:
         self.rows: deque[int] = deque()
         self.deadline = time.monotonic() + START
 
-    def send(self, rows: Sequence[int], texts: Sequence[Row], seconds: float) -> bool:
+    def send(self, rows: Sequence[int], texts: Sequence[Row], seconds: float, *, extracted: bool) -> bool:
         """Hand over a batch. Return False when the process is dead."""
         try:
-            self._requests.write(frame({"seconds": seconds, "rows": texts}))
+            self._requests.write(frame({"seconds": seconds, "extracted": extracted, "rows": texts}))
             self._requests.flush()
         except BrokenPipeError:
             return False
@@ -118,15 +119,17 @@ class Pool:
         self._workers: list[Worker] = []
         self._one_at_a_time = threading.Lock()
 
-    def judge(self, rows: Sequence[Row], *, timeout: float, workers: int) -> list[Judgement]:
+    def judge(self, rows: Sequence[Row], *, timeout: float, workers: int, extracted: bool = False) -> list[Judgement]:
         """Judge (response, reference) rows with up to `workers` processes and `timeout` seconds for each row.
 
-        Raises `PipelineError` when a worker cannot start. An exception on the way, a keyboard interrupt included,
-        ends the workers, so that none is left in the middle of a batch.
+        `extracted` says that the rows hold answers in place of responses. Raises `PipelineError` when a worker cannot
+        start. An exception on the way, a keyboard interrupt included, ends the workers, so that none is left in the
+        middle of a batch.
         """
         with self._one_at_a_time:
             try:
-                return _Work(self._grader_name, self._workers, rows, timeout, max(1, workers)).done()
+                work = _Work(self._grader_name, self._workers, rows, timeout, max(1, workers), extracted=extracted)
+                return work.done()
             except BaseException:
                 self.close()
                 raise
@@ -140,8 +143,12 @@ class Pool:
 class _Work:
     """One call: which rows wait, which are judged."""
 
-    def __init__(self, grader_name: str, workers: list[Worker], rows: Sequence[Row], seconds: float, most: int) -> None:
+    def __init__(
+        self, grader_name: str, workers: list[Worker], rows: Sequence[Row], seconds: float, most: int, *,
+        extracted: bool,
+    ) -> None:  # fmt: skip
         self._grader_name, self._workers, self._rows, self._seconds = grader_name, workers, rows, seconds
+        self._extracted = extracted
         self._most = min(most, len(rows))
         self._waiting = deque(range(len(rows)))
         self._judged: dict[int, Judgement] = {}
@@ -155,7 +162,8 @@ class _Work:
             for worker in self._with_news(busy):
                 self._take(worker)
             for worker in busy:
-                if worker in self._workers and time.monotonic() > worker.deadline:
+                late = time.monotonic() > worker.deadline and (worker.rows or not worker.ready)
+                if worker in self._workers and late:
                     self._lose(worker, "timeout")
         return [self._judged[index] for index in range(len(self._rows))]
 
@@ -169,7 +177,8 @@ class _Work:
             if worker.ready and not worker.rows:
                 size = max(1, min(BATCH, len(self._waiting) // (2 * self._most)))
                 batch = [self._waiting.popleft() for _ in range(size)]
-                if not worker.send(batch, [self._rows[index] for index in batch], self._seconds):
+                texts = [self._rows[index] for index in batch]
+                if not worker.send(batch, texts, self._seconds, extracted=self._extracted):
                     self._waiting.extendleft(reversed(batch))
                     self._dismiss(worker)
                     return

@@ -1,8 +1,9 @@
 """One grading process: `python -P -m pipeline.grading.worker GRADER MEMORY_LIMIT_IN_BYTES`.
 
 Frames in both directions are a 4-byte length and JSON (ASCII, so lone surrogates survive). In: a batch, which is
-{"seconds": limit per row, "rows": [[response, reference], ...]}. Out: "ready" once, then one judgement per row as
-soon as it is there. The end of the input ends the process.
+{"seconds": limit per row, "extracted": whether the rows hold answers in place of responses, "rows": [[response,
+reference], ...]}. Out: "ready" once, then one judgement per row as soon as it is there. The end of the input ends the
+process.
 """
 
 import json
@@ -13,7 +14,7 @@ import struct
 import sys
 from typing import Any, BinaryIO
 
-from pipeline.grading import judge_row, open_grader
+from pipeline.grading import compare_row, judge_row, open_grader
 
 GRACE = 2.0
 """Seconds after the limit at which a worker that nobody killed (its parent is gone) ends itself."""
@@ -53,10 +54,11 @@ def main(grader_name: str, memory: int) -> None:
     os.dup2(silence, 2)
     answers.write(frame("ready"))
     while (batch := read_frame(sys.stdin.buffer)) is not None:
-        for response, reference in batch["rows"]:
+        row_judge = compare_row if batch["extracted"] else judge_row
+        for text, reference in batch["rows"]:
             signal.setitimer(signal.ITIMER_REAL, batch["seconds"] + GRACE)
             try:
-                judgement = judge_row(grader, response, reference)
+                judgement = row_judge(grader, text, reference)
             except MemoryError:
                 os._exit(1)
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from pipeline.algorithms.bind import SHELVES
+from pipeline.algorithms.filters import Kept
+from pipeline.algorithms.labels import Labels
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS, OFFERED, Line, Shelf
 from pipeline.algorithms.weights import WEIGHTS
 from pipeline.contracts import ROLLOUTS, SCORES
-from pipeline.grading import Judgement
+from pipeline.models.checkpoint import fresh_critic, save
 from pipeline.models.fresh import ModelSpec, create
 from stages import advantage, label, score, update
+from stages import value as value_stage
 
 ROOT = Path(__file__).parents[2]
 ALGORITHMS = {
@@ -80,21 +83,20 @@ def test_every_parameter_of_a_piece_is_an_offered_column(shelf):
 
 def test_columns_from_models_are_columns_of_scores():
     assert set(FROM_MODELS) <= {field.name for field in SCORES.fields}
-    assert set(score.MODEL_OF) <= set(FROM_MODELS)
-    assert {name: FROM_MODELS[name] for name in score.MODEL_OF} == score.MODEL_OF
+    assert {name: model.replace("_", " ") for name, model in score.MODEL_OF.items()} == FROM_MODELS
 
 
-def piece_that_reads(shelf, returns):
-    """A piece of that shelf whose parameters are all columns on offer."""
-    names = ", ".join(OFFERED[shelf])
+def piece_that_reads(shelf, returns, names=None):
+    """A piece of that shelf whose parameters are all columns on offer, or those named."""
+    names = OFFERED[shelf] if names is None else names
     scope = {"result": returns}
-    exec(f"def everything({names}): return result({OFFERED[shelf][0]})", scope)
+    exec(f"def everything({', '.join(names)}): return result({names[0]})", scope)
     return Shelf(shelf, [scope["everything"]]).take(Line(kind="everything"))
 
 
 def rollouts_and_more():
-    """Two responses with every column that `advantage` joins, and some that `update` reads."""
-    keys = {"prompt_id": ["a", "a"], "sample": [-1, 0]}
+    """Two responses with every column that `advantage` joins, and those that `update` and `value` read."""
+    keys = {"prompt_id": ["a", "a"], "sample": [0, 1]}
     tokens = pa.array([[1, 2], [3]], pa.list_(pa.int32()))
     floats = pa.array([[-1.0, -2.0], [-3.0]], pa.list_(pa.float32()))
     rest = dict.fromkeys(
@@ -102,8 +104,9 @@ def rollouts_and_more():
     )
     return pa.table(
         {
-            **keys, "prompt_tokens": tokens, "response_tokens": tokens, "response": ["x", "y"],
-            "finish": ["stop", "length"], "seed": [0, 0], "reward": pa.array([1.0, 0.0], pa.float32()),
+            **keys, "prompt_tokens": tokens, "response_tokens": tokens, "response": ["1", "2"],
+            "finish": ["stop", "length"], "finished": [True, False], "seed": [0, 0],
+            "reward": pa.array([1.0, 0.0], pa.float32()), "greedy": pa.array([0.5, 0.5], pa.float32()),
             "correct": [True, False], **rest,
         }
     )  # fmt: skip
@@ -111,34 +114,44 @@ def rollouts_and_more():
 
 def test_label_hands_over_every_column_on_offer():
     part = rollouts_and_more().select([field.name for field in ROLLOUTS.fields])
-    columns = label.columns_of(part, [Judgement(True, "x", "correct"), Judgement(None, None, "timeout")])
-    later = {"rewards", "reward_scores"}  # of the labeler itself, and of the reward model where there are judgements
-    assert set(OFFERED["label"]) <= set(columns) | {"reward_scores"}
-    assert set(OFFERED["filter"]) <= set(columns) | {"rewards"}
-    assigned = {
-        node.slice.value
-        for node in ast.walk(ast.parse(Path(label.__file__).read_text(encoding="utf-8")))
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant)
-        and isinstance(node.value, ast.Name) and node.value.id == "columns"
-    }  # fmt: skip
-    assert later <= assigned
+    made = label.judged(
+        part,
+        [{"answer": "1", "grader": "exact"}] * 2,
+        piece_that_reads("label", lambda verdicts: Labels(verdicts.astype(np.float32), verdicts)),
+        [piece_that_reads("filter", lambda rewards: Kept(rewards > 0, "by hand"))],
+        label.Settings(label=Line(kind="everything")),
+        np.zeros(2, np.float32),
+    )
+    assert made.labels.rewards.tolist() == [1, 0]
+    assert made.reasons == [None, "by hand"]
 
 
 def test_advantage_hands_over_every_column_on_offer():
     columns = advantage.columns_of(rollouts_and_more())
-    credit, shaped = advantage.credited(
+    made = advantage.credited(
         columns,
-        [piece_that_reads("shape", np.asarray)],
-        piece_that_reads("advantage", advantage.Credit),
-        piece_that_reads("normalize", np.asarray),
+        advantage.Pieces(
+            [piece_that_reads("shape", np.asarray)],
+            piece_that_reads("advantage", advantage.Credit),
+            piece_that_reads("normalize", np.asarray),
+            piece_that_reads("importance", np.negative),
+        ),
     )
-    np.testing.assert_array_equal(shaped, [[0, 1], [0, 0]])
-    np.testing.assert_array_equal(credit.advantages, shaped)
+    np.testing.assert_array_equal(made.shaped, [[0, 1], [0, 0]])
+    np.testing.assert_array_equal(made.credit.advantages, [[0, 2], [0, 0]])
 
 
-def test_update_hands_over_every_column_on_offer():
-    model, _ = create(ModelSpec(layers=1, width=32, heads=1, kv_heads=1), ["abc"], 0)
-    term = update.Term(piece_that_reads("loss", torch.Tensor.neg), 1.0, correct_only=False)
-    wanted = update.Improvement(rollouts_and_more(), [term], WEIGHTS["token_mean"], 1.0)
-    rows = np.arange(2)
+OF_THE_CRITIC = ("values", "old_values", "returns")
+
+
+def test_update_and_value_hand_over_every_column_on_offer(tmp_path):
+    model, tokenizer = create(ModelSpec(layers=1, width=32, heads=1, kv_heads=1), ["abc"], 0)
+    rows, table = np.arange(2), rollouts_and_more()
+    read = [name for name in OFFERED["loss"] if name not in OF_THE_CRITIC]
+    term = update.Term(piece_that_reads("loss", torch.Tensor.neg, read), 1.0, on="all")
+    wanted = update.Improvement(table, [term], WEIGHTS["token_mean"], 1.0)
     assert float(wanted.losses(model, rows, wanted.step(rows)).total.detach()) > 0
+    save(model, tokenizer, tmp_path / "policy")
+    critic = fresh_critic(tmp_path / "policy", 0)
+    taught = value_stage.Regression(table, piece_that_reads("loss", torch.Tensor.square, (*OF_THE_CRITIC, "mask")))
+    assert float(taught.losses(critic, rows, taught.step(rows)).total.detach()) > 0

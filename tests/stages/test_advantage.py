@@ -14,31 +14,37 @@ from stages.advantage import Settings, advantage, columns_of, cuts, joined
 def settings(recipe, **changes):
     """The settings of a recipe, with changes to it."""
     chosen = Recipe.load(recipe).changed(changes)
-    return Settings.of(
-        None, {"shape": chosen.shape, "advantage": chosen.advantage, "normalize": chosen.normalize}
-    )  # fmt: skip
+    lines = ("shape", "advantage", "normalize", "importance")
+    return Settings.of(None, {name: getattr(chosen, name) for name in lines})
 
 
 GRPO = settings("grpo")
+TO_GO = settings("grpo", advantage={"kind": "reward_to_go"}, normalize=False)
+REMAX = settings("grpo", advantage={"kind": "greedy_baseline"}, normalize=False)
+CRITIC = settings("grpo", advantage={"kind": "gae", "lam": 1.0}, normalize=False)
 DAPO = settings("dapo", shape=[{"kind": "overlong_penalty", "limit": 6, "buffer": 4}])
 
 
-def row(name, sample, reward, length=1, keep=True):
-    """A response with its label and its scores."""
-    return {"name": name, "sample": sample, "reward": reward, "length": length, "keep": keep}
+def row(name, sample, reward, length=1, keep=True, sampler=None, finish="stop"):
+    """A response with its label and its scores; `sampler` is the engine's log-probability of each token."""
+    return {
+        "name": name, "sample": sample, "reward": reward, "length": length, "keep": keep, "sampler": sampler,
+        "finish": finish,
+    }  # fmt: skip
 
 
 @pytest.fixture
 def written(by_hand):
-    """Rollouts, labels and scores of parts of rows; scores of the kept ones only."""
+    """Rollouts, labels and scores of parts of rows; scores of the kept ones only, where the critic says 0.25."""
 
     def write(*parts, scored=True):
         rollouts = [
             [
                 {
                     "prompt_id": r["name"], "sample": r["sample"], "prompt_tokens": [1],
-                    "response_tokens": list(range(2, 2 + r["length"])), "response": "", "sampler_logprobs": None,
-                    "finish": "stop", "seed": 0,
+                    "response_tokens": list(range(2, 2 + r["length"])), "response": "",
+                    "sampler_logprobs": None if r["sampler"] is None else [r["sampler"]] * r["length"],
+                    "finish": r["finish"], "seed": 0,
                 }
                 for r in part
             ]
@@ -48,7 +54,8 @@ def written(by_hand):
             [
                 {
                     "prompt_id": r["name"], "sample": r["sample"], "reward": r["reward"], "correct": r["reward"] > 0,
-                    "extracted": None, "target": None, "verdict": None, "vote_share": None, "keep": r["keep"],
+                    "gold": None, "extracted": None, "target": None, "verdict": None, "vote_share": None,
+                    "keep": r["keep"],
                     "dropped": None if r["keep"] else "by hand",
                 }
                 for r in part
@@ -59,6 +66,7 @@ def written(by_hand):
             {
                 "prompt_id": r["name"], "sample": r["sample"], "old_logprobs": [-float(r["sample"] + 2)] * r["length"],
                 "ref_logprobs": [-float(r["sample"] + 3)] * r["length"],
+                "values": [0.25] * r["length"],
             }
             for part in parts for r in part if r["keep"]
         ]  # fmt: skip
@@ -130,6 +138,8 @@ def test_the_numbers(written, tmp_path, numbers):
     assert measured["advantage/mean", 0] == pytest.approx(tokens.mean(), rel=1e-5)
     assert measured["advantage/std", 0] == pytest.approx(tokens.std(), rel=1e-5)
     assert measured["advantage/zero_tokens", 0] == 0.25
+    assert measured["reward/zero_signal_groups", 0] == 0.5
+    assert not [name for name, _ in measured if name.startswith(("value/", "returns/", "importance/"))]
 
 
 ROWS = [row(name, s, float((s + ord(name)) % 3 == 0), 1 + (s * ord(name)) % 5) for name in "dacb" for s in range(3)]
@@ -187,11 +197,12 @@ def test_dropped_rows_need_no_scores_and_scores_of_them_are_not_used(written, tm
     assert [r["prompt_id"] for r in tables[0]] == [*"ddd", *"aaa", *"bbb"]
 
 
-def test_without_scores_where_the_recipe_reads_with_no_model(written, tmp_path, sound):
+def test_without_scores_where_the_recipe_reads_with_no_model(written, tmp_path, sound, numbers):
     made = written(ROWS, scored=False)
     table = run(tmp_path / "out", GRPO, made, scores=None)
     sound(table)
     assert not {"old_logprobs", "ref_logprobs", "values"} & set(table.table().column_names)
+    assert ("value/explained_variance", 0) not in numbers(run(tmp_path / "to-go", TO_GO, made, scores=None))
 
 
 def test_a_shape_that_needs_scores_and_gets_none(written, tmp_path):
@@ -225,13 +236,103 @@ def test_labels_of_other_rollouts(written, tmp_path):
         joined([made[0]], [made[1], made[1]], None)
 
 
-def test_greedy_rows_are_offered_as_such_and_keep_their_key(written, tmp_path):
-    made = written([row("a", -1, 0.0, 2), row("a", 0, 1.0), row("b", -1, 1.0), row("b", 0, 0.0, 3)])
+def test_parts_in_another_order_change_no_row(written, tmp_path, numbers):
+    shuffled = [[r for r in ROWS if r["name"] == name] for name in "bcad"]
+    made = [written(ROWS), written(*shuffled)]
+    chosen = settings("dapo", normalize={"kind": "whiten"})
+    tables = [run(tmp_path / str(n), chosen, one, scores=one[2]) for n, one in enumerate(made)]
+    keyed = [{(r["prompt_id"], r["sample"]): r for r in table.table().to_pylist()} for table in tables]
+    assert keyed[0].keys() == keyed[1].keys() and list(keyed[0]) != list(keyed[1])
+    for key, one in keyed[0].items():
+        assert one.pop("advantages") == pytest.approx(keyed[1][key].pop("advantages"), rel=1e-6), key
+        assert one == keyed[1][key]
+    measured = [
+        {name: value for (name, _), value in numbers(table).items() if name != "time/seconds"} for table in tables
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-6, abs=1e-9)
+
+
+def test_the_greedy_reward_is_taken_off_those_of_its_group(written, tmp_path):
+    one = [row("a", -1, 0.5, keep=False), row("a", 0, 1.0, 2), row("a", 1, 0.0), row("b", 0, 0.0, keep=False)]
+    two = [row("b#1", 0, 1.0), row("b#1", 1, 0.0, 3), row("b#1", -1, -1.0, keep=False)]
+    made = written(one, two)
     columns = columns_of(joined([made[0]], [made[1]], None))
-    assert columns["greedy"].tolist() == [True, False, True, False]
-    assert columns["group"].tolist() == [0, 0, 1, 1]
-    np.testing.assert_array_equal(columns["rewards"], [[0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
-    assert run(tmp_path / "out", GRPO, made, scores=made[2]).table()["sample"].to_pylist() == [-1, 0, -1, 0]
+    np.testing.assert_array_equal(columns["greedy"], np.array([0.5, 0.5, -1, -1], np.float32))
+    np.testing.assert_array_equal(columns["rewards"], [[0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+    table = run(tmp_path / "out", REMAX, made, scores=made[2])
+    assert per_response(table) == pytest.approx([0.5, -0.5, 2.0, 1.0])
+    assert table.table()["sample"].to_pylist() == [0, 1, 0, 1]
+
+
+def test_the_greedy_reward_is_the_label_and_nothing_that_shaping_added(written, tmp_path):
+    made = written([row("a", -1, 0.5, keep=False), row("a", 0, 1.0, 3)])
+    chosen = Settings.of(None, {**REMAX.model_dump(), "shape": [{"kind": "kl_penalty", "coef": 0.1}]})
+    assert per_response(run(tmp_path / "out", chosen, made, scores=made[2])) == pytest.approx([1 - 0.3 - 0.5])
+
+
+def test_a_group_without_its_greedy_response(written, tmp_path):
+    made = written([row("a", -1, 0.5, keep=False), row("a", 0, 1.0), row("b", 0, 1.0), row("b", 1, 0.0)])
+    with pytest.raises(ContractError, match="'greedy_baseline' needs greedy, and 2 kept rows have none") as error:
+        run(tmp_path / "out", REMAX, made, scores=made[2])
+    assert (error.value.where, "rollout.greedy = true" in error.value.do) == ("prompts b", True)
+    assert "greedy" not in columns_of(joined([made[0]], [made[1]], None))
+    run(tmp_path / "others", GRPO, made, scores=made[2])
+
+
+def test_cut_responses_are_told_from_finished_ones(written, tmp_path):
+    made = written([row("a", 0, 1.0), row("a", 1, 0.0, finish="length")])
+    assert run(tmp_path / "out", GRPO, made, scores=made[2]).table()["finished"].to_pylist() == [True, False]
+
+
+SAMPLED = [row("a", 0, 1.0, 2, sampler=-2.5), row("a", 1, 0.0, 1, sampler=-2.0), row("a", 2, -1.0, 3, sampler=-4.5)]
+"""The trainer says -2, -3 and -4: ratios e^0.5, e^-1 and e^0.5."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "capped"),
+    [
+        ("token_truncated", [math.exp(0.5), math.exp(-1), math.exp(0.5)], 0.0),
+        ("sequence_truncated", [2.0, math.exp(-1), 2.0], 5 / 6),
+    ],
+)
+def test_the_sampler_mismatch_weighs_the_credit_after_normalization(written, tmp_path, numbers, kind, weights, capped):
+    made = written(SAMPLED)
+    plain = run(tmp_path / "plain", GRPO, made, scores=made[2])
+    weighed = run(tmp_path / "out", settings("grpo", importance={"kind": kind}), made, scores=made[2])
+    assert per_response(weighed) == pytest.approx([a * w for a, w in zip(per_response(plain), weights, strict=True)])
+    measured = numbers(weighed)
+    assert measured["importance/mean", 0] == pytest.approx(np.repeat(weights, [2, 1, 3]).mean())
+    assert measured["importance/capped", 0] == pytest.approx(capped)
+    for name in ("reward", "shaped_reward", "returns", "old_logprobs"):
+        assert weighed.table()[name].equals(plain.table()[name])
+
+
+def test_importance_weights_do_not_reach_the_critic(written, tmp_path):
+    made = written(SAMPLED)
+    chosen = Settings.of(None, {**CRITIC.model_dump(), "importance": {"kind": "token_truncated"}})
+    plain, weighed = (
+        run(tmp_path / name, with_it, made, scores=made[2]).table() for name, with_it in (("p", CRITIC), ("w", chosen))
+    )
+    assert weighed["returns"].equals(plain["returns"]) and not weighed["advantages"].equals(plain["advantages"])
+
+
+def test_importance_where_the_sampler_said_nothing(written, tmp_path):
+    made = written([*SAMPLED, row("b", 0, 1.0)])
+    chosen = settings("grpo", importance={"kind": "token_truncated"})
+    with pytest.raises(ContractError, match="'token_truncated' needs sampler_logprobs, and 1 kept rows have none"):
+        run(tmp_path / "out", chosen, made, scores=made[2])
+
+
+def test_what_the_critic_foresaw(written, tmp_path, numbers):
+    made = written([row("a", 0, 1.0, 3), row("a", 1, 0.0)])
+    table = run(tmp_path / "out", CRITIC, made, scores=made[2])
+    assert per_response(table, "returns") == pytest.approx([1.0, 0.0])
+    assert per_response(table) == pytest.approx([0.75, -0.25])
+    measured = numbers(table)
+    assert measured["returns/mean", 0] == pytest.approx(0.75)
+    assert measured["value/explained_variance", 0] == pytest.approx(0)  # a constant foresees nothing
+    same = written([row("a", 0, 1.0), row("a", 1, 1.0)])
+    assert ("value/explained_variance", 0) not in numbers(run(tmp_path / "same", CRITIC, same, scores=same[2]))
 
 
 def test_the_real_iteration(advantages, labels, sound):

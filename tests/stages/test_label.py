@@ -1,3 +1,4 @@
+import math
 import subprocess
 
 import numpy as np
@@ -6,13 +7,17 @@ import pytest
 from pipeline.algorithms.filters import FILTERS
 from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
-from pipeline.contracts import PROMPTS, ROLLOUTS
-from pipeline.errors import ContractError, ExperimentError, RecipeError
-from pipeline.grading import Judgement
-from stages.label import Settings, dropped, label, majority_right, without_surplus
+from pipeline.contracts import PROMPTS, ROLLOUTS, SCORES
+from pipeline.errors import ContractError, ExperimentError, InputError, RecipeError
+from pipeline.experiment import Experiment
+from stages.label import Settings, dropped, label, lottery, without_surplus
 
 VERIFIER = {"kind": "verifier", "correct": 1.0, "wrong": -1.0}
+VOTE = {"kind": "majority_vote"}
+CONFIDENCE = {"kind": "self_confidence"}
+MODEL = {"kind": "reward_model"}
 MIXED = {"kind": "mixed_outcomes"}
+HANGS = "\\boxed{9^{9^{9^{9^9}}}}"
 
 
 def settings(**changes):
@@ -24,29 +29,39 @@ def prompt(name, answer="1", grader="exact"):
     return {"prompt_id": name, "messages": messages, "answer": answer, "grader": grader, "source": "hand"}
 
 
-def response(name, sample, text):
+def response(name, sample, text, logprob=-1.0):
     return {
         "prompt_id": name, "sample": sample, "prompt_tokens": [1], "response_tokens": [2, 3], "response": text,
-        "sampler_logprobs": [-1.0, -1.0], "finish": "stop", "seed": 0,
+        "sampler_logprobs": None if logprob is None else [logprob, logprob], "finish": "stop", "seed": 0,
     }  # fmt: skip
 
 
-def group(name, texts):
-    return [response(name, sample, text) for sample, text in enumerate(texts)]
+def group(name, texts, first=0, logprob=-1.0):
+    return [response(name, sample, text, logprob) for sample, text in enumerate(texts, start=first)]
 
 
 @pytest.fixture
 def labelled(by_hand, tmp_path):
-    """`label` of groups, given as name -> texts, one dictionary per part; every reference is `1`."""
+    """`label` of groups, given as name -> texts, one dictionary per part; every reference is `1`.
 
-    def run(*parts, prompts=None, out="out", **changes):
+    `first` is the number of the first sample, -1 where it is the greedy one; `scores` what a reward model said.
+    """
+
+    def run(*parts, prompts=None, out="out", first=0, logprob=-1.0, scores=None, **changes):
         asked = prompts or [prompt(name) for name in dict.fromkeys(n.partition("#")[0] for part in parts for n in part)]
-        rollouts = by_hand(
-            ROLLOUTS, *([row for name, texts in part.items() for row in group(name, texts)] for part in parts)
-        )
+        rows = [[row for name, texts in part.items() for row in group(name, texts, first, logprob)] for part in parts]
+        judgements = None
+        if scores is not None:
+            keys = [(row["prompt_id"], row["sample"]) for part in rows for row in part]
+            judged = [
+                {"prompt_id": name, "sample": sample, "reward_scores": score}
+                for (name, sample), score in zip(keys, scores, strict=False)
+            ]
+            judgements = by_hand(SCORES, judged).path
         return label.run(
-            tmp_path / out, settings(**changes), rollouts=rollouts.path, prompts=by_hand(PROMPTS, asked).path
-        )
+            tmp_path / out, settings(**changes), rollouts=by_hand(ROLLOUTS, *rows).path,
+            prompts=by_hand(PROMPTS, asked).path, judgements=judgements,
+        )  # fmt: skip
 
     return run
 
@@ -59,7 +74,7 @@ def test_every_response_is_rewarded_and_told_why(labelled, sound):
     made = labelled({"a": ["1", "so;1", "2", " "]}, {"b": ["1"]})
     sound(made)
     assert column(made, "reward") == [1.0, 1.0, -1.0, -1.0, 1.0]
-    assert column(made, "correct") == [True, True, False, False, True]
+    assert column(made, "correct") == column(made, "gold") == [True, True, False, False, True]
     assert column(made, "extracted") == ["1", "1", "2", None, "1"]
     assert column(made, "target") == ["1"] * 5
     assert column(made, "verdict") == ["correct", "correct", "wrong", "no answer", "correct"]
@@ -122,11 +137,12 @@ def test_a_grader_that_failed_costs_the_row_and_not_its_group(status, reason):
     mixed = FILTERS.take(Line(**MIXED))
     assert dropped(columns, [mixed], statuses) == [None, reason, None, reason, "constant outcomes"]
     assert dropped(columns, [], statuses) == [None, reason, None, reason, None]
+    assert dropped(columns, [], [None] * 5) == [None] * 5
 
 
 def test_a_response_that_hangs_the_grader_is_dropped_and_the_others_are_judged(labelled):
     asked = [prompt("a", answer="\\frac{1}{2}", grader="math")]
-    texts = ["\\boxed{0.5}", "\\boxed{9^{9^{9^{9^9}}}}", "\\boxed{3}"]
+    texts = ["\\boxed{0.5}", HANGS, "\\boxed{3}"]
     made = labelled({"a": texts}, prompts=asked, grader_seconds=1.0, filter=[MIXED])
     assert column(made, "correct") == [True, None, False]
     assert column(made, "verdict") == ["correct", "timeout", "wrong"]
@@ -180,13 +196,176 @@ def test_the_numbers(labelled, numbers):
     assert made.stats["rows"] == 12
 
 
-def test_the_majority_is_the_earliest_of_equals_and_finding_nothing_is_no_vote():
-    votes = [("7", True), ("8", False), ("8", False), ("7", True), (None, False), (None, False), (None, False)]
-    judgements = [Judgement(right, answer, "correct" if right else "wrong") for answer, right in votes]
-    one = np.zeros(7, dtype=np.int64)
-    assert majority_right(one, judgements) == [True]
-    assert majority_right(one, [*judgements[1:], judgements[0]]) == [False]
-    assert majority_right(one[:1], [Judgement(False, None, "no answer")]) == [False]
+def test_agreement_with_the_majority_is_rewarded_and_the_truth_only_noted(labelled, sound):
+    asked = [prompt("a", answer="3", grader="math"), prompt("b", answer=None, grader="math")]
+    texts = {"a": ["A: 3", "A: 1/2", "A: 0.5", "no idea!"], "b": ["A: 7", "A: 8", "A: 7.0", " "]}
+    made = labelled(texts, prompts=asked, label=VOTE, filter=[MIXED])
+    sound(made)
+    assert column(made, "reward") == [0, 1, 1, 0, 1, 0, 1, 0]
+    assert column(made, "correct") == [bool(reward) for reward in column(made, "reward")]
+    assert column(made, "gold") == [True, False, False, False, None, None, None, None]
+    assert column(made, "verdict") == ["correct", "wrong", "wrong", "no answer", None, None, None, None]
+    assert column(made, "extracted") == ["3", "1/2", "0.5", None, "7", "8", "7.0", None]
+    assert column(made, "target") == ["1/2"] * 4 + ["7"] * 4
+    assert column(made, "vote_share") == [0.25, 0.5, 0.5, 0, 0.5, 0.25, 0.5, 0]
+    assert column(made, "keep") == [True] * 8
+    expected = {
+        "vote/label_accuracy": 0.0, "vote/reward_accuracy": 0.25, "vote/majority_ratio": 0.5, "vote/tie_rate": 0.0,
+        "vote/no_answer": 0.0, "vote/lost_comparisons": 0.0, "accuracy/mean": 0.25, "accuracy/pass_at_k": 1.0,
+        "vote/entropy": -(math.log(2 / 3) * 2 + math.log(1 / 3)) / 3, "verdict/wrong": 2.0, "groups/seen": 2.0,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert made.stats[name] == pytest.approx(value), name
+
+
+def test_how_the_votes_went(labelled):
+    made = labelled({"a": ["2", "1"], "b": [" ", " "]}, {"c": ["1", "1"]}, label=VOTE)
+    assert column(made, "reward") == [1, 0, 0, 0, 1, 1]
+    assert column(made, "target") == ["2", "2", None, None, "1", "1"]
+    expected = {
+        "vote/label_accuracy": 1 / 3, "vote/reward_accuracy": 4 / 6, "vote/majority_ratio": 1.5 / 3,
+        "vote/tie_rate": 1 / 3, "vote/no_answer": 1 / 3, "vote/entropy": math.log(2) / 2,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert made.stats[name] == pytest.approx(value), name
+    assert not [name for name in labelled({"a": ["1"]}, out="no vote").stats if name.startswith("vote/")]
+
+
+def test_an_answer_that_hangs_the_vote_is_dropped_and_not_punished(labelled):
+    texts = ["A: 1", HANGS, "A: 2", "no idea!"]
+    made = labelled({"a": texts}, prompts=[prompt("a", grader="math")], grader_seconds=0.5, label=VOTE)
+    assert column(made, "dropped") == [None, "grader timeout", None, None]
+    assert column(made, "gold") == [True, None, False, False]
+    made = labelled(
+        {"a": texts}, prompts=[prompt("a", grader="math")], grader_seconds=0.5, label=CONFIDENCE, out="no grader needed"
+    )
+    assert column(made, "keep") == [True] * 4
+    assert column(made, "verdict") == ["correct", "timeout", "wrong", "no answer"]
+
+
+def test_the_reward_model_says_what_a_response_is_worth_and_not_whether_it_is_right(labelled, sound):
+    made = labelled({"a": ["1", "2"], "b": ["2"]}, scores=[0.5, -2.0, 3.0], label=MODEL)
+    sound(made)
+    assert column(made, "reward") == [0.5, -2.0, 3.0]
+    assert column(made, "correct") == column(made, "target") == column(made, "vote_share") == [None] * 3
+    assert column(made, "gold") == [True, False, False]
+    assert made.stats["accuracy/mean"] == 0.25
+
+
+def test_a_reward_model_that_has_not_judged(labelled):
+    with pytest.raises(InputError, match="needs reward_scores, and there are no judgements") as error:
+        labelled({"a": ["1"]}, label=MODEL)
+    assert 'needs=["reward_scores"]' in error.value.do
+    with pytest.raises(ContractError, match=r"1 rows have no score; first: \[\('a', 1\)\]"):
+        labelled({"a": ["1", "2"]}, scores=[0.5], label=MODEL)
+
+
+def test_judgements_without_the_column(by_hand, labels, rollouts, prompts, tmp_path):
+    other = [{"prompt_id": "a", "sample": 0, "old_logprobs": [-1.0]}]
+    with pytest.raises(ContractError, match="these scores have no reward_scores"):
+        label.run(
+            tmp_path / "out", settings(label=MODEL), rollouts=rollouts.path, prompts=prompts.path,
+            judgements=by_hand(SCORES, other).path,
+        )  # fmt: skip
+
+
+def test_confidence_is_the_probability_and_its_underflow_is_measured(labelled):
+    made = labelled({"a": ["1", "2"]}, label=CONFIDENCE, prompts=[prompt("a", None, "none")])
+    assert column(made, "reward") == pytest.approx([math.exp(-2) + 0.1] * 2)
+    assert made.stats["reward/underflow"] == 0.0
+    assert column(made, "gold") == column(made, "extracted") == column(made, "verdict") == [None] * 2
+    assert labelled({"a": ["1"]}, label=CONFIDENCE, logprob=-400.0, out="tiny").stats["reward/underflow"] == 1.0
+    with pytest.raises(ContractError, match="adopted without them"):
+        labelled({"a": ["1"]}, label=CONFIDENCE, logprob=None, out="adopted")
+
+
+def test_a_vote_without_a_grader(labelled):
+    with pytest.raises(ContractError, match="1 prompts have no grader: b"):
+        labelled({"a": ["1"], "b": ["1"]}, prompts=[prompt("a", None), prompt("b", grader="none")], label=VOTE)
+
+
+@pytest.mark.parametrize("labeler", [VOTE, CONFIDENCE, MODEL], ids=lambda line: line["kind"])
+def test_the_truth_changes_nothing_but_what_people_see(labelled, labeler):
+    parts = {"a": ["1", "2", "2", " "], "b": ["so;3", "1", "4", "1"]}, {"c": ["5", "5", "6", "5"]}
+    made = [
+        labelled(
+            *parts, prompts=[prompt(name, answer) for name, answer in zip("abc", answers, strict=True)],
+            label=labeler, filter=[{"kind": "drawn", "n": 3}], room=2, scores=range(12), out=str(number),
+        )
+        for number, answers in enumerate([("1", "1", "5"), ("2", "9", ";"), (None, "1", None), (None, None, None)])
+    ]  # fmt: skip
+    seen = [artifact.table().drop_columns(["gold", "verdict"]) for artifact in made]
+    assert all(table.equals(seen[0]) for table in seen)
+    assert len({str(column(artifact, "gold")) for artifact in made}) == 4
+    assert "accuracy/mean" in made[2].stats and "accuracy/mean" not in made[3].stats
+
+
+def test_the_greedy_response_is_rewarded_and_counts_nowhere(labelled):
+    parts = {"a": ["1", "1", "2"], "b": ["2", "1", "1"]}, {"c": ["1", "2", "2"]}
+    made = labelled(*parts, first=-1, filter=[MIXED])
+    assert column(made, "reward") == [1, 1, -1, -1, 1, 1, 1, -1, -1]
+    assert (
+        column(made, "dropped") == ["greedy baseline", None, None] + ["greedy baseline", *["constant outcomes"] * 2] * 2
+    )
+    sampled = labelled(*({name: texts[1:] for name, texts in part.items()} for part in parts), filter=[MIXED], out="s")
+    assert made.stats["reward/greedy_mean"] == pytest.approx(1 / 3)
+    others = {"reward/greedy_mean", "dropped/greedy_baseline", "rows", "seconds"}
+    assert {n: v for n, v in made.stats.items() if n not in others} == {
+        n: v for n, v in sampled.stats.items() if n not in others
+    }
+
+
+def test_the_greedy_response_neither_votes_nor_breaks_a_tie(labelled):
+    made = labelled({"a": ["2", "1", "2"]}, {"b": ["9", "1", "2"]}, first=-1, label=VOTE)
+    assert column(made, "target") == ["1"] * 6
+    assert column(made, "reward") == [0, 1, 0, 0, 1, 0]
+    assert made.stats["vote/majority_ratio"] == 0.5
+
+
+def test_a_group_whose_baseline_could_not_be_judged_does_not_train(labelled):
+    asked = [prompt("a", grader="math"), prompt("b", grader="math")]
+    made = labelled({"a": [HANGS, "A: 1", HANGS], "b": ["A: 1", "A: 2"]}, prompts=asked, first=-1, grader_seconds=0.5)
+    assert column(made, "dropped") == ["greedy baseline", "no greedy reward", "grader timeout", "greedy baseline", None]
+
+
+def test_the_lottery_depends_on_seed_and_key_alone(labelled, rollouts):
+    part = next(rollouts.parts())
+    numbers = lottery(part, 7)
+    assert ((numbers >= 0) & (numbers < 1)).all() and len(set(numbers)) == part.num_rows
+    np.testing.assert_array_equal(lottery(part.slice(3, 5), 7), numbers[3:8])
+    assert not set(lottery(part, 8)) & set(numbers)
+    texts, drawn = {"a": ["1", "2"] * 8}, [{"kind": "drawn", "n": 4}]
+    one, other = (labelled(texts, filter=drawn, seed=seed, out=str(seed)) for seed in (1, 2))
+    assert sum(column(one, "keep")) == sum(column(other, "keep")) == 4
+    assert column(one, "keep") != column(other, "keep")
+
+
+@pytest.mark.parametrize("labeler", [VERIFIER, VOTE, CONFIDENCE, MODEL], ids=lambda line: line["kind"])
+def test_neither_parts_nor_their_order_change_a_label(labelled, labeler):
+    texts = {"a": ["1", "2", "2"], "b": ["3", " ", "1"], "c": ["5", "5", "1"]}
+    asked = [prompt(name) for name in texts]
+    scores = {"abc": range(9), "cab": [6, 7, 8, 0, 1, 2, 3, 4, 5], "bca": [3, 4, 5, 6, 7, 8, 0, 1, 2]}
+    tables = []
+    for order, cut in (("abc", 3), ("cab", 1), ("bca", 2)):
+        parts = [{name: texts[name] for name in order[at : at + cut]} for at in range(0, 3, cut)]
+        made = labelled(
+            *parts, prompts=asked, label=labeler, filter=[{"kind": "drawn", "n": 2}], scores=scores[order], out=order
+        )
+        stats = {name: pytest.approx(value) for name, value in made.stats.items() if name != "seconds"}
+        tables.append((made.table().sort_by([("prompt_id", "ascending"), ("sample", "ascending")]).to_pylist(), stats))
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_the_experiment_gives_lines_and_seed(tmp_path):
+    path = tmp_path / "e.toml"
+    path.write_text(
+        'recipe = "dapo"\nseed = 5\n[models.new]\nlayers = 2\n[data.demonstrations]\nsource = "arithmetic"\n'
+        '[data.prompts]\nsource = "arithmetic"\n[resources]\ngrader_seconds = 2.5\n'
+        "[scale]\niterations = 1\ngroups = 1\nprompt_tokens = 8\nresponse_tokens = 8\nlearning_rate = 1e-3\n"
+    )
+    chosen = Settings.of(Experiment.load(path), {"room": 3})
+    assert (chosen.label.kind, chosen.filter[0].kind, chosen.room) == ("verifier", "mixed_outcomes", 3)
+    assert (chosen.grader_seconds, chosen.seed) == (2.5, 5)
 
 
 def test_the_same_twice_and_by_command(labels, rollouts, prompts, tmp_path):

@@ -1,16 +1,20 @@
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.grading import GRADERS, Judgement, judge, judge_row, open_grader
+from pipeline.grading import GRADERS, Judgement, Vote, classes, compare, judge, judge_row, open_grader
+
+HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
 
 @pytest.mark.parametrize("name", GRADERS)
 def test_every_name_opens_a_grader(name):
     grader = open_grader(name)
-    assert isinstance(grader.risky, bool)
+    assert isinstance(grader.risky, bool) and isinstance(grader.literal, bool)
     assert grader.same("1", "1") == (name != "none")
 
 
@@ -46,19 +50,96 @@ def test_the_grader_none_gives_no_verdict():
 
 
 def test_a_grader_that_fails_gives_a_null_and_not_a_zero():
-    class Failing:
-        risky = False
-
-        def extract(self, text):
-            return text
-
-        def readable(self, reference):
-            return True
-
+    class Failing(Near):
         def same(self, answer, reference):
             return answer == 1 / 0
 
     assert judge_row(Failing(), "5", "5") == Judgement(None, "5", "error")
+    assert judge_row(Failing(), None, "5") == Judgement(None, None, "error")
+
+
+@pytest.mark.parametrize("name", ["exact", "math"])
+def test_answers_that_are_extracted_already_are_compared_as_they_are(name):
+    answers, references = ["5", "6", None, "5", None], ["5", "5", "5", None, None]
+    assert compare(name, answers, references, workers=1) == [
+        Judgement(True, "5", "correct"),
+        Judgement(False, "6", "wrong"),
+        Judgement(False, None, "no answer"),
+        Judgement(None, "5", "bad reference"),
+        Judgement(None, None, "bad reference"),
+    ]
+
+
+class Near:
+    """Numbers that differ by less than 2 are the same, 13 is bad luck, and words cannot be compared."""
+
+    risky = False
+    literal = False
+
+    def extract(self, text):
+        return text.strip() or None
+
+    def readable(self, reference):
+        return reference.isdigit()
+
+    def same(self, answer, reference):
+        if {answer, reference} == {"12", "13"}:
+            raise RuntimeError("bad luck")
+        return abs(int(answer) - int(reference)) < 2
+
+
+@pytest.fixture
+def near(monkeypatch):
+    monkeypatch.setitem(GRADERS, "near", f"{__name__}:Near")
+    monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Near=Near))
+
+
+def numbers(grader, responses, group=None, **limits):
+    return [v.number for v in classes(grader, responses, group or [0] * len(responses), workers=2, **limits).votes]
+
+
+def test_equal_answers_of_a_group_share_a_number_in_the_order_of_first_appearance():
+    responses = ["A: 1/2", "A: 3", "A: 0.5", "A: 3.0", r"\boxed{\frac12}", "A: 3", "A: 0.5", "A: 0.5"]
+    group = ["a", "a", "a", "a", "b", "b", "b", "a"]
+    assert numbers("math", responses, group) == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert numbers("exact", responses, group) == [0, 1, 2, 3, 0, 1, 2, 2]
+
+
+def test_what_cannot_be_compared_has_no_number_and_says_why(near):
+    made = classes("near", ["one", " ", "5", "one"], [0] * 4, workers=1)
+    assert made.votes == [
+        Vote("one", -1, "unreadable"), Vote(None, -1, "no answer"), Vote("5", 0, "read"), Vote("one", -1, "unreadable")
+    ]  # fmt: skip
+    assert numbers("exact", ["", " \n", "so;"]) == numbers("math", ["", " \n", "no idea!"]) == [-1] * 3
+    assert numbers("none", ["5", "5"]) == [-1, -1]
+    assert classes("math", [], [], workers=1).votes == []
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        (["1", "2", "3", "1"], [0, 0, 1, 0]),  # 3 is near 2, but 2 leads no class
+        (["2", "1", "3"], [0, 0, 0]),
+        (["3", "1", "2"], [0, 1, 0]),  # near both: the first class takes it
+    ],
+)
+def test_answers_are_compared_with_the_first_of_each_class_in_order(near, responses, expected):
+    assert numbers("near", responses) == expected
+
+
+def test_a_comparison_that_fails_is_counted_and_makes_no_one_equal(near):
+    made = classes("near", ["12", "13", "13", "30"], ["a"] * 4, workers=1)
+    assert ([vote.number for vote in made.votes], made.lost) == ([0, 1, 1, 2], 1)
+
+
+def test_an_answer_that_hangs_the_comparison_is_none_and_costs_one_timeout():
+    began = time.monotonic()
+    made = classes("math", ["A: 1", HANGS, "A: 2", HANGS, "A: 1.0", "A: 3"], [0, 0, 0, 0, 0, 1], timeout=0.5, workers=2)
+    assert [(vote.number, vote.status) for vote in made.votes] == [
+        (0, "read"), (-1, "timeout"), (1, "read"), (-1, "timeout"), (0, "read"), (0, "read")
+    ]  # fmt: skip
+    assert made.lost == 0
+    assert time.monotonic() - began < 5
 
 
 def test_grading_imports_neither_torch_nor_the_maths_library_before_it_is_asked():

@@ -38,6 +38,13 @@ def test_a_row_that_hangs_is_killed_and_the_others_go_on(grading_processes):
     assert len(grading_processes()) <= 2
 
 
+def test_a_limit_that_is_over_before_the_first_row_is_sent_costs_the_rows_alone():
+    pool = Pool("math")
+    assert pool.judge([("A: 1", "1"), ("A: 2", "2")], timeout=0.0, workers=1) == [LOST, LOST]
+    assert pool.judge([("A: 1", "1")], timeout=5.0, workers=1) == [right(1)]
+    pool.close()
+
+
 def test_a_reference_that_hangs_is_killed_too():
     reference = r"\gcd(10^{10^9},3)"
     assert judge("math", ["A: 5", "A: 5"], [reference, "5"], timeout=0.5, workers=1) == [LOST, right(5)]
