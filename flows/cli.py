@@ -100,6 +100,19 @@ def show(
     reports.show(path, rows, where)
 
 
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    recipes: Annotated[str, typer.Option(help="Names, separated by commas; all when absent.")] = "",
+    iteration: Annotated[int, typer.Option(help="Whose stored rollouts.", min=0)] = 0,
+    rewards: Annotated[str, typer.Option(help="Each recipe's own, or the run's `stored` ones.")] = "recipe",
+) -> None:
+    """Credit the stored rollouts of an iteration under other recipes, beside the run's own; nothing is generated."""
+    from flows import reports
+
+    reports.compare(folder, iteration, [name.strip() for name in recipes.split(",") if name.strip()], rewards)
+
+
 def main() -> None:
     """Entry point of `rlhf`: errors of ours are told without a traceback."""
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow, runtime
 
 from flows.evaluate import evaluate
-from flows.foundations import foundations
+from flows.foundations import foundations, needs_reward_model
 from flows.online import online
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
@@ -14,12 +14,16 @@ from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.grading import open_grader
 from pipeline.metrics import console
+from pipeline.stage import Stage
 from stages.advantage import advantage
 from stages.label import label
+from stages.rank import rank
+from stages.reward import reward
 from stages.rollout import rollout
 from stages.score import score
 from stages.sft import sft
 from stages.update import update
+from stages.value import value
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
@@ -30,7 +34,12 @@ def check(experiment: Experiment) -> None:
     for data in (experiment.data.prompts, experiment.data.held_out):
         if data is not None:
             open_grader(data.grader)
-    for stage in (sft, rollout, label, score, advantage, update):
+    stages: list[Stage] = [sft, rollout, label, score, advantage, update]
+    if needs_reward_model(experiment.recipe):
+        stages += [rank, reward]
+    if experiment.recipe.critic is not None:
+        stages.append(value)
+    for stage in stages:
         stage.settings_type.of(experiment)
 
 
@@ -38,11 +47,9 @@ def walk(run: Run) -> Outcome:
     """Perform everything, in order. What `run.perform` does decides whether this works or only looks."""
     check(run.experiment)
     base = foundations(run)
-    before = None if base.held_out is None else evaluate(run, base.policy, base.held_out, 0)
+    before = evaluate(run, base, base.policy, 0)
     policy = online(run, base)
-    last = run.experiment.scale.iterations
-    after = None if base.held_out is None else evaluate(run, policy, base.held_out, last)
-    return Outcome(policy, before, after)
+    return Outcome(policy, before, evaluate(run, base, policy, run.experiment.scale.iterations))
 
 
 def finished(experiment: Experiment, root: Path) -> Outcome | MissingError:

@@ -1,19 +1,47 @@
-"""Before the loop: ingest what the experiment names, and make policy 0. Runs on the same base share all of it."""
+"""Before the loop: ingest what the experiment names, make policy 0 and, where the recipe asks, the models that judge.
+
+    demonstrations (, documents) --> sft --> policy 0
+    policy 0 --> rollout (candidates) --> rank --> reward --> reward model
+    policy 0 --> rollout, label, advantage (Monte-Carlo returns) --> value --> critic 0
+
+Runs on the same base share all of it but critic 0, which depends on the recipe.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.run import Run
-from pipeline.algorithms.labels import LABELS as LABELERS
+from pipeline.algorithms.bind import bind
+from pipeline.algorithms.recipe import Recipe
+from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
-from pipeline.contracts import DEMONSTRATIONS, POLICY, PROMPTS
+from pipeline.contracts import CRITIC, DEMONSTRATIONS, DOCUMENTS, POLICY, PROMPTS, RANKINGS, REWARD_MODEL, Contract
 from pipeline.errors import ExperimentError
 from pipeline.experiment import DataSlice
+from stages.advantage import Settings as AdvantageSettings
+from stages.advantage import advantage
 from stages.ingest import Settings as IngestSettings
 from stages.ingest import ingest
-from stages.label import refuse_unanswered
+from stages.label import Settings as LabelSettings
+from stages.label import label, refuse_unanswered
+from stages.rank import Settings as RankSettings
+from stages.rank import rank
+from stages.reward import Settings as RewardSettings
+from stages.reward import reward
+from stages.rollout import Settings as RolloutSettings
+from stages.rollout import rollout
+from stages.score import Settings as ScoreSettings
+from stages.score import score
 from stages.sft import Settings as SftSettings
 from stages.sft import sft
+from stages.value import Settings as ValueSettings
+from stages.value import value
+
+CONTRACT_OF: dict[str, Contract] = {
+    "prompts": PROMPTS, "held_out": PROMPTS, "demonstrations": DEMONSTRATIONS, "documents": DOCUMENTS,
+    "rankings": RANKINGS,
+}  # fmt: skip
+"""Part of the experiment's data -> what `ingest` makes of it."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +51,17 @@ class Foundations:
     prompts: Artifact
     held_out: Artifact | None
     policy: Artifact
+    documents: Artifact | None = None
+    reward_model: Artifact | None = None
+    critic: Artifact | None = None
 
 
 def foundations(run: Run) -> Foundations:
-    """Ingest prompts, held-out prompts and demonstrations; imitate the demonstrations."""
-    data = run.experiment.data
+    """Make everything that the recipe needs before its first iteration."""
+    data, recipe = run.experiment.data, run.experiment.recipe
     prompts = _ingested(run, "prompts", data.prompts)
     held_out = None if data.held_out is None else _ingested(run, "held_out", data.held_out)
-    if "verdicts" in LABELERS.take(run.experiment.recipe.label).needs:
+    if "verdicts" in bind(recipe).labeler.needs:
         for asked in (prompts, held_out):
             if asked is not None:
                 refuse_unanswered(asked.table(["prompt_id", "answer", "grader"]).to_pylist(), asked)
@@ -39,24 +70,159 @@ def foundations(run: Run) -> Foundations:
     for trained in (prompts, demonstrations):
         if held_out is not None and trained is not None:
             refuse_leak(trained, held_out)
-    return Foundations(prompts, held_out, _policy(run, demonstrations))
+    documents = _documents(run)
+    ordinary = _policy(run, demonstrations, documents)
+    policy = _own_policy(run, demonstrations, documents) or ordinary
+    reward_model = _reward_model(run, prompts, ordinary, demonstrations) if needs_reward_model(recipe) else None
+    critic = _critic(run, prompts, policy, reward_model)
+    return Foundations(prompts, held_out, policy, documents, reward_model, critic)
+
+
+def needs_reward_model(recipe: Recipe) -> bool:
+    """Whether responses are judged by a reward model, or the critic starts from one."""
+    by_critic = recipe.critic is not None and recipe.critic.start == "reward_model"
+    return by_critic or "reward_scores" in bind(recipe).needs
 
 
 def _ingested(run: Run, part: str, wanted: DataSlice) -> Artifact:
     if wanted.artifact is not None:
-        return Artifact.open(Path(wanted.artifact), DEMONSTRATIONS if part == "demonstrations" else PROMPTS)
+        return Artifact.open(Path(wanted.artifact), CONTRACT_OF[part])
     folder = Path(run.experiment.data.folder)
     settings = IngestSettings.of(run.experiment, {"part": part})
     return run.do(ingest, run.base / part, settings, files=[folder / name for name in wanted.files])
 
 
-def _policy(run: Run, demonstrations: Artifact | None) -> Artifact:
+def _documents(run: Run) -> Artifact | None:
+    """Plain text, where anything of this run mixes it in."""
+    experiment, own = run.experiment, run.experiment.recipe.sft
+    shares = (experiment.sft.documents_share, own.documents_share if own is not None else 0.0)
+    if experiment.recipe.mix is None and not (experiment.sft.enabled and any(shares)):
+        return None
+    if experiment.data.documents is None:
+        raise ExperimentError(
+            f"recipe {experiment.recipe.name} mixes in documents, and the experiment names none",
+            "data.documents",
+            "name them as data.prompts are named; or take `mix` and `sft` out: [recipe_changes."
+            f"{experiment.recipe.name}] mix = false, sft = false",
+        )
+    return _ingested(run, "documents", experiment.data.documents)
+
+
+def _policy(run: Run, demonstrations: Artifact | None, documents: Artifact | None) -> Artifact:
+    """The experiment's ordinary SFT, or the policy that it names."""
     named = run.experiment.models.policy
     if demonstrations is None:
         return Artifact.open(Path(named or ""), POLICY)
-    start = None if named is None else Path(named)
     settings = SftSettings.of(run.experiment)
-    return run.do(sft, run.base / "sft", settings, demonstrations=demonstrations.path, policy=start)
+    return _imitating(run, run.base / "sft", settings, demonstrations, documents)
+
+
+def _own_policy(run: Run, demonstrations: Artifact | None, documents: Artifact | None) -> Artifact | None:
+    """The policy that the loop starts from, where the recipe wants another than the ordinary SFT."""
+    recipe = run.experiment.recipe
+    if recipe.sft is None or demonstrations is None:
+        return None
+    changes = recipe.sft.model_dump(exclude_none=True)
+    return _imitating(
+        run, run.base / f"sft-{recipe.name}", SftSettings.of(run.experiment, changes), demonstrations, documents
+    )
+
+
+def _imitating(
+    run: Run, out: Path, settings: SftSettings, demonstrations: Artifact, documents: Artifact | None
+) -> Artifact:
+    start = run.experiment.models.policy
+    mixed = documents.path if documents is not None and settings.documents_share else None
+    return run.do(
+        sft, out, settings, demonstrations=demonstrations.path, documents=mixed,
+        policy=None if start is None else Path(start),
+    )  # fmt: skip
+
+
+def _reward_model(run: Run, prompts: Artifact, policy: Artifact, demonstrations: Artifact | None) -> Artifact:
+    """The reward model that the experiment names, or one trained on rankings: given ones, or of sampled candidates."""
+    experiment = run.experiment
+    if experiment.models.reward_model is not None:
+        return Artifact.open(Path(experiment.models.reward_model), REWARD_MODEL)
+    if experiment.data.rankings is not None:
+        rankings = _ingested(run, "rankings", experiment.data.rankings)
+    else:
+        rankings = _ranked(run, prompts, policy)
+    shown = None if demonstrations is None else demonstrations.path
+    settings = RewardSettings.of(experiment)
+    return run.do(
+        reward, run.base / "reward", settings, rankings=rankings.path, policy=policy.path, demonstrations=shown
+    )
+
+
+def _ranked(run: Run, prompts: Artifact, policy: Artifact) -> Artifact:
+    """Candidates of the ordinary SFT policy, put in order."""
+    refuse_unanswered(prompts.table(["prompt_id", "answer", "grader"]).to_pylist(), prompts)
+    plan = run.experiment.feedback
+    sampling = RolloutSettings.of(
+        run.experiment,
+        {
+            "group_size": plan.responses, "temperature": plan.temperature, "top_p": 1.0, "top_k": None,
+            "beams": plan.beams, "greedy": False, "count": plan.prompts, "draw": "candidates",
+        },
+    )  # fmt: skip
+    candidates = run.do(rollout, run.base / "candidates", sampling, prompts=prompts.path, policy=policy.path)
+    return run.do(
+        rank, run.base / "rankings", RankSettings.of(run.experiment), rollouts=candidates.path, prompts=prompts.path
+    )
+
+
+def _critic(run: Run, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact | None:
+    """Critic 0: named, or made of the model that the recipe says, and pretrained where it says so."""
+    experiment, plan = run.experiment, run.experiment.recipe.critic
+    if plan is None:
+        return None
+    if experiment.models.critic is not None:
+        return Artifact.open(Path(experiment.models.critic), CRITIC)
+    start = {"policy": policy.path} if plan.start == "policy" or reward_model is None else {
+        "reward_model": reward_model.path
+    }  # fmt: skip
+    here = run.folder / "pretraining"
+    table = None if plan.pretrain_steps == 0 else _returns(run, here, prompts, policy, reward_model)
+    settings = ValueSettings.of(experiment, {"steps": plan.pretrain_steps, "batch": experiment.critic.pretrain_batch})
+    return run.do(value, here / "critic", settings, advantages=None if table is None else table.path, **start)
+
+
+def _returns(run: Run, here: Path, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact:
+    """Monte-Carlo returns of responses of the frozen first policy (VC-PPO, arXiv:2503.01491; lambda = 1).
+
+    The divergence is left out of the rewards: this policy is its own reference, so it is 0 on every token.
+    """
+    experiment, recipe = run.experiment, run.experiment.recipe
+    sampling = RolloutSettings.of(
+        experiment, {"greedy": False, "count": experiment.critic.pretrain_groups, "draw": "pretraining"}
+    )
+    rollouts = run.do(rollout, here / "rollouts", sampling, prompts=prompts.path, policy=policy.path)
+    judgements = judged(run, here / "judgements", rollouts, reward_model)
+    judging = LabelSettings.of(experiment, {"filter": ()})
+    labels = run.do(
+        label, here / "labels", judging, rollouts=rollouts.path, prompts=prompts.path, judgements=judgements
+    )
+    bound = bind(recipe)
+    of_models = {piece.name for piece in bound.shapers if bound.credit_needs & set(piece.needs)}
+    discount = {"gamma": bound.advantage.settings["gamma"]} if "gamma" in bound.advantage.settings else {}
+    crediting = AdvantageSettings.of(
+        experiment,
+        {
+            "shape": tuple(line for line in recipe.shape if line.kind not in of_models),
+            "advantage": Line.model_validate({"kind": "reward_to_go", **discount}), "normalize": None,
+            "importance": None,
+        },
+    )  # fmt: skip
+    return run.do(advantage, here / "advantages", crediting, rollouts=[rollouts.path], labels=[labels.path])
+
+
+def judged(run: Run, out: Path, rollouts: Artifact, reward_model: Artifact | None) -> Path | None:
+    """What the reward model says of all responses, where the recipe's labeler asks for it."""
+    if "reward_scores" not in bind(run.experiment.recipe).labeler.needs or reward_model is None:
+        return None
+    settings = ScoreSettings.of(run.experiment, {"needs": ("reward_scores",)})
+    return run.do(score, out, settings, rollouts=[rollouts.path], reward_model=reward_model.path).path
 
 
 def refuse_leak(trained: Artifact, held_out: Artifact) -> None:

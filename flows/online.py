@@ -1,13 +1,19 @@
-"""The loop: sample, judge, read, credit, step the policy; repeat. It knows stages and files, and no algorithm."""
+"""The loop: sample, judge, read, credit, fit the critic, step the policy; repeat.
+
+It knows stages and files, and no algorithm: a model is there or not because the recipe's pieces ask for it.
+"""
 
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from flows.evaluate import evaluate
-from flows.foundations import Foundations
+from flows.foundations import Foundations, judged
 from flows.run import Run
+from pipeline.algorithms.recipe import KlController
 from pipeline.artifacts import Artifact
+from pipeline.experiment import Experiment
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.label import Settings as LabelSettings
@@ -18,6 +24,8 @@ from stages.score import MODEL_OF, score
 from stages.score import Settings as ScoreSettings
 from stages.update import Settings as UpdateSettings
 from stages.update import update
+from stages.value import Settings as ValueSettings
+from stages.value import value
 
 MOST_OVERSAMPLING = 3.0
 """A round asks for at most so many times the groups still wanted: DAPO's script samples 1536 prompts for 512."""
@@ -31,6 +39,9 @@ class Now:
     """What one iteration hands to the next."""
 
     policy: Artifact
+    critic: Artifact | None = None
+    divergence_scale: float = 1.0
+    """What the controller of the divergence has made of its coefficients."""
     cursor: int = 0
     """Prompts taken from the stream so far."""
     keep_rate: float = 1.0
@@ -53,14 +64,14 @@ class Collected:
     def passed(self) -> float:
         """Share of the groups seen that filters kept, surplus counted as kept."""
         seen = sum(labels.stats["groups/seen"] for labels in self.labels)
-        rows = sum(labels.stats["rows"] for labels in self.labels)
+        rows = sum(labels.stats["rows"] - labels.stats.get("dropped/greedy_baseline", 0.0) for labels in self.labels)
         surplus = sum(labels.stats.get("dropped/surplus_group", 0.0) for labels in self.labels)
         return (self.kept + surplus * seen / rows) / seen
 
 
 def online(run: Run, base: Foundations) -> Artifact:
     """Walk the loop `scale.iterations` times and return the last policy."""
-    now, total, started = Now(base.policy), run.experiment.scale.iterations, time.monotonic()
+    now, total, started = Now(base.policy, base.critic), run.experiment.scale.iterations, time.monotonic()
     for number in range(total):
         began = time.monotonic()
         made, now = iterate(run, base, now, number)
@@ -70,40 +81,67 @@ def online(run: Run, base: Foundations) -> Artifact:
         if made.kept < run.experiment.scale.groups:
             run.say(f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0))
         every = run.experiment.evaluation.every
-        if base.held_out is not None and every and (number + 1) % every == 0 and number + 1 < total:
-            evaluate(run, now.policy, base.held_out, number + 1)
+        if every and (number + 1) % every == 0 and number + 1 < total:
+            evaluate(run, base, now.policy, number + 1)
     return now.policy
 
 
 def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, Now]:
-    """One walk of the loop. Where filters leave nothing to learn from, the policy stays as it is."""
-    here, experiment = run.iteration(number), run.experiment
-    made, cursor = collect(run, base.prompts, now, number)
+    """One walk of the loop. Where filters leave nothing to learn from, the models stay as they are."""
+    here, experiment = run.iteration(number), _adapted(run.experiment, now.divergence_scale)
+    made, cursor = collect(run, base, now, number)
     after = replace(now, cursor=cursor, keep_rate=made.passed)
     if made.kept == 0:
         return made, after
     rollouts, labels = ([a.path for a in made.rollouts], [a.path for a in made.labels])
     scores = None
     if needs := ScoreSettings.slice(experiment, {})["needs"]:
-        models = {"policy": now.policy.path, "reference": base.policy.path}
-        asked = {MODEL_OF[need]: models[MODEL_OF[need]] for need in needs}
+        models = {"policy": now.policy, "reference": base.policy, "critic": now.critic}
+        asked = {MODEL_OF[need]: _path(models[MODEL_OF[need]]) for need in needs}
         settings = ScoreSettings.of(experiment)
-        scores = run.do(score, here / "scores", settings, rollouts=rollouts, labels=labels, **asked).path
+        scores = run.do(score, here / "scores", settings, rollouts=rollouts, labels=labels, **asked)
     table = run.do(
         advantage,
         here / "advantages",
         AdvantageSettings.of(experiment),
         rollouts=rollouts,
         labels=labels,
-        scores=scores,
+        scores=_path(scores),
     )
+    critic = now.critic
+    if critic is not None:
+        learning = ValueSettings.of(experiment)
+        critic = run.do(value, here / "critic", learning, advantages=table.path, critic=critic.path)
     policy = run.do(
-        update, here / "policy", UpdateSettings.of(experiment), advantages=table.path, policy=now.policy.path
+        update,
+        here / "policy",
+        UpdateSettings.of(experiment),
+        advantages=table.path,
+        policy=now.policy.path,
+        documents=_path(base.documents) if experiment.recipe.mix is not None else None,
     )
-    return made, replace(after, policy=policy)
+    scale = _next_scale(experiment.recipe.kl_controller, now.divergence_scale, scores)
+    return made, replace(after, policy=policy, critic=critic, divergence_scale=scale)
 
 
-def collect(run: Run, prompts: Artifact, now: Now, number: int) -> tuple[Collected, int]:
+def _path(artifact: Artifact | None) -> Path | None:
+    return None if artifact is None else artifact.path
+
+
+def _adapted(experiment: Experiment, scale: float) -> Experiment:
+    """The experiment with the coefficients of the divergence that the controller has arrived at."""
+    if scale == 1.0:
+        return experiment
+    return experiment.model_copy(update={"recipe": experiment.recipe.with_divergence_scaled(scale)})
+
+
+def _next_scale(controller: KlController | None, scale: float, scores: Artifact | None) -> float:
+    if controller is None or scores is None:
+        return scale
+    return controller.next(scale, scores.stats["kl/reference_sum"], int(scores.stats["rows"]))
+
+
+def collect(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, int]:
     """Sample and label in rounds until filters have kept enough groups; without filters one round is enough.
 
     A round asks for as many prompts as the groups still wanted need at the rate at which groups were kept last.
@@ -116,9 +154,13 @@ def collect(run: Run, prompts: Artifact, now: Now, number: int) -> tuple[Collect
         sampling = RolloutSettings.of(
             run.experiment, {"first": cursor, "since": now.cursor, "count": count, "draw": f"{number}/{turn}"}
         )
-        rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts.path, policy=now.policy.path)
+        prompts = base.prompts.path
+        rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts, policy=now.policy.path)
+        judgements = judged(run, here / f"judgements-{turn}", rollouts, base.reward_model)
         judging = LabelSettings.of(run.experiment, {"room": room})
-        labels = run.do(label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts.path)
+        labels = run.do(
+            label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts, judgements=judgements
+        )
         made = Collected((*made.rollouts, rollouts), (*made.labels, labels))
         cursor, rate = int(rollouts.stats["cursor"]), made.passed
         if made.kept >= wanted:

@@ -5,11 +5,12 @@ import shutil
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.run import MissingError, Outcome, artifacts_of, name_of
 from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
@@ -70,7 +71,7 @@ def _accuracy(labels: Artifact) -> str:
 def _print(sheet: Sheet) -> None:
     table = Table(*sheet.header, title=sheet.title, title_justify="left")
     for row in sheet.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     out.print(table)
 
 
@@ -96,6 +97,19 @@ def recipes(name: str | None) -> None:
         return
     Recipe.load(name)
     sys.stdout.write(resources.files("pipeline.algorithms").joinpath("recipes", f"{name}.toml").read_text("utf-8"))
+
+
+def compare(folder: Path, iteration: int, names: list[str], rewards: str) -> None:
+    """`rlhf compare`: how recipes credit the same stored rollouts, as tables and as a picture."""
+    from flows import compare as comparing
+
+    if rewards not in get_args(comparing.Rewards):
+        raise ExperimentError(f"--rewards is {rewards!r}", do=f"one of {', '.join(get_args(comparing.Rewards))}")
+    whose: comparing.Rewards = "stored" if rewards == "stored" else "recipe"
+    made = comparing.compare(comparing.stored(folder, iteration), names or Recipe.names(), whose)
+    for sheet in comparing.sheets(made):
+        _print(sheet)
+    sys.stdout.write(f"picture: {comparing.picture(made)}\n")
 
 
 def status(folder: Path) -> None:
@@ -197,8 +211,6 @@ def _show_row(row: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> Any:
-    from rich.text import Text
-
     if isinstance(value, list) and value and isinstance(value[0], float):
         return Text(
             f"{len(value)} numbers: " + " ".join(f"{x:.3g}" for x in value[:12]) + (" ..." if len(value) > 12 else "")

@@ -10,7 +10,7 @@ from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ExperimentError
 from pipeline.stage import Stage
 
-STAGES = ("ingest", "sft", "rollout", "label", "score", "advantage", "update")
+STAGES = ("ingest", "sft", "rollout", "rank", "reward", "label", "score", "advantage", "value", "update")
 """In the order in which data passes them."""
 
 
@@ -54,8 +54,9 @@ def recipes_sheet() -> Sheet:
         recipe = Recipe.load(name)
         needs = bind(recipe).needs
         models = [model for column, model in FROM_MODELS.items() if column in needs]
-        rows.append((name, recipe.paper, recipe.idea, ", ".join(models) or "none", recipe.reference))
-    return Sheet("recipes", ("recipe", "paper", "idea", "models needed", "reference"), tuple(rows))
+        elsewhere = "; ".join(f"{system}: {difference.rstrip('.')}" for system, difference in recipe.differs.items())
+        rows.append((name, recipe.paper, recipe.idea, ", ".join(models) or "none", recipe.reference, elsewhere))
+    return Sheet("recipes", ("recipe", "paper", "idea", "models needed", "reference", "elsewhere"), tuple(rows))
 
 
 def contract_sheet(contract: Contract) -> Sheet:

@@ -17,12 +17,16 @@ from pipeline.settings import Settings, explain, override, read_toml, without_no
 
 
 class Models(Settings):
-    """Where the policy comes from."""
+    """Where the models come from."""
 
     policy: str | None = None
     """A Hugging Face checkpoint or a `policy` artifact to start from. Absent: `sft` makes one from `new`."""
     new: dict[str, Any] = Field(default_factory=dict)
     """Shape and tokenizer of the small model that `sft` creates when no policy is named."""
+    reward_model: str | None = None
+    """A `reward_model` artifact or checkpoint. Absent: `reward` makes one, for recipes that need it."""
+    critic: str | None = None
+    """A `critic` artifact or checkpoint. Absent: made as the recipe's `critic.start` says."""
 
 
 class DataSlice(Settings):
@@ -57,6 +61,10 @@ class Data(Settings):
     """What the loop asks."""
     held_out: DataSlice | None = None
     """What evaluation asks; no evaluation when absent."""
+    documents: DataSlice | None = None
+    """Plain text, for recipes that mix it in."""
+    rankings: DataSlice | None = None
+    """What the reward model learns from; candidates are sampled and ranked when absent."""
 
 
 class Sft(Settings):
@@ -76,6 +84,57 @@ class Sft(Settings):
     """Cosine decay ends at this share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's, on matrices."""
+    documents_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the examples that are documents rather than demonstrations."""
+
+
+class Feedback(Settings):
+    """Candidates and their ranking, for the reward model."""
+
+    prompts: int = Field(256, ge=1)
+    """Prompts whose responses are ranked."""
+    responses: int = Field(4, ge=2)
+    """Candidates per prompt; InstructGPT has 4 to 9 (arXiv:2203.02155, section 3.5)."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits when sampling candidates."""
+    beams: int | None = Field(None, ge=2)
+    """Search with so many beams and take the best as candidates, instead of sampling."""
+    error_rate: float = Field(0.0, ge=0, lt=1)
+    """Share of the simulated annotator's verdicts that are turned round."""
+
+
+class Reward(Settings):
+    """Training of the reward model."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the rankings; more than one overfits (arXiv:2203.02155, section 3.5)."""
+    batch: int = Field(64, ge=1)
+    """Rankings per optimizer step."""
+    learning_rate: float = Field(9e-6, gt=0)
+    """At the peak of the schedule."""
+    warmup_share: float = Field(0.0, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    final_share: float = Field(0.1, ge=0, le=1)
+    """Cosine decay ends at this share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices."""
+    held_out_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts that are not trained on and measure accuracy."""
+
+
+class Critic(Settings):
+    """Training of the critic, for recipes that have one."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """After the warm-up; that of the policy when absent."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up over the whole run."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices."""
+    pretrain_groups: int = Field(64, ge=1)
+    """Prompts that the first policy answers for the pretraining."""
+    pretrain_batch: int = Field(64, ge=1)
+    """Responses per optimizer step of the pretraining."""
 
 
 class Scale(Settings):
@@ -84,7 +143,7 @@ class Scale(Settings):
     iterations: int = Field(ge=1)
     """Walks of the loop."""
     groups: int = Field(ge=1)
-    """Prompts per iteration, after filtering."""
+    """Prompts per iteration, after filtering. A file may give `responses` instead: group size times groups."""
     prompt_tokens: int = Field(ge=1)
     """Longer prompts are rejected and counted, never cut."""
     response_tokens: int = Field(ge=1)
@@ -143,11 +202,17 @@ class Experiment(Settings):
     recipe_changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Recipe name -> deviations from the published recipe; those of the chosen recipe are applied and recorded."""
     models: Models = Models()
-    """Where the policy comes from."""
+    """Where the models come from."""
     data: Data
     """What is read."""
     sft: Sft = Sft()
     """Fine-tuning before the loop."""
+    feedback: Feedback = Feedback()
+    """Candidates and their ranking, for recipes with a reward model."""
+    reward: Reward = Reward()
+    """Training of the reward model, for recipes with one."""
+    critic: Critic = Critic()
+    """Training of the critic, for recipes with one."""
     scale: Scale
     """Sizes of the loop."""
     evaluation: Evaluation = Evaluation()
@@ -186,6 +251,7 @@ class Experiment(Settings):
         changes = tables.get("recipe_changes", {})
         _check_changes(changes, path)
         tables["recipe"] = chosen.changed(changes.get(chosen.name, {}))
+        _resolve_groups(tables, path)
         tables["name"] = name or tables.get("name") or path.stem
         tables.setdefault("base", f"{path.stem}-base")
         try:
@@ -198,6 +264,28 @@ class Experiment(Settings):
     def dump(self) -> str:
         """The resolved experiment as TOML; `load` of it gives an equal experiment."""
         return tomli_w.dumps(without_none(self.model_dump(mode="json")))
+
+
+def _resolve_groups(tables: dict[str, Any], path: Path) -> None:
+    """Turn `scale.responses`, the same for recipes of any group size, into `scale.groups`."""
+    scale, size = tables.get("scale"), tables["recipe"].rollout.group_size
+    if not isinstance(scale, dict) or "responses" not in scale:
+        return
+    responses = scale["responses"]
+    rest = {key: value for key, value in scale.items() if key != "responses"}
+    if responses is None:
+        tables["scale"] = rest
+        return
+    if scale.get("groups") is not None:
+        raise ExperimentError(
+            "scale: both groups and responses are given", str(path), "give one; `--set scale.responses=` takes it out"
+        )
+    if type(responses) is not int or responses < size:
+        raise ExperimentError(
+            f"scale.responses: expected a number of at least rollout.group_size = {size}, found {responses!r}",
+            str(path), "responses of one iteration, all groups together",
+        )  # fmt: skip
+    tables["scale"] = rest | {"groups": responses // size}
 
 
 def _check_changes(changes: Any, path: Path) -> None:

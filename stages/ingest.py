@@ -55,7 +55,7 @@ class Settings(StageSettings):
     """Our column name -> the name in the file, where the usual aliases do not fit."""
     name: str | None = None
     """Value of the `source` column where the file has none; the file's name when absent."""
-    part: Literal["demonstrations", "prompts", "held_out"] | None = None
+    part: Literal["demonstrations", "prompts", "held_out", "documents", "rankings"] | None = None
     """Which dataset of an experiment this is."""
 
     @classmethod
@@ -65,7 +65,7 @@ class Settings(StageSettings):
         wanted = getattr(experiment.data, part, None) if part else None
         if wanted is None:
             raise ExperimentError(f"which dataset of the experiment? part={part!r}", do="--set part=prompts")
-        kind = "demonstrations" if part == "demonstrations" else "prompts"
+        kind = "prompts" if part == "held_out" else part
         world = {"seed": experiment.seed, **experiment.data.world}
         return {
             "kind": kind, "part": part, "source": wanted.source, "world": world, "split": wanted.split,

@@ -14,8 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from flows import cli
+from flows.execute import walk
+from flows.run import Run
+from pipeline.artifacts import Artifact
+from pipeline.engines import close_engines
+from pipeline.experiment import Experiment
 
 EXPERIMENT = """
 recipe = "dapo"
@@ -72,6 +78,67 @@ samples = 4
 [resources]
 engine = "transformers"
 """
+
+ALL_RECIPES = """
+recipe = "grpo"
+
+[recipe_changes]
+dapo                  = { rollout = { group_size = 4, rounds = 2 }, update = { minibatches = 2 }, shape = [{ kind = "overlong_penalty", limit = 16, buffer = 4 }] }
+grpo                  = { rollout = { group_size = 4 }, update = { minibatches = 2 } }
+instructgpt           = { sft = { epochs = 10 }, mix = { per_response = 1.0 }, update = { minibatches = 2 } }
+ppo                   = { update = { epochs = 2 } }
+reinforce_pp          = { update = { minibatches = 2 } }
+reinforce_pp_baseline = { rollout = { group_size = 4 }, update = { minibatches = 2 } }
+rlsc                  = { rollout = { group_size = 4 } }
+ttrl                  = { rollout = { group_size = 8 }, filter = [{ kind = "first", n = 4 }], update = { minibatches = 2 } }
+vapo                  = { rollout = { group_size = 4 }, update = { minibatches = 2 }, critic = { pretrain_steps = 4 } }
+vc_ppo                = { rollout = { group_size = 2 }, update = { minibatches = 2 }, critic = { pretrain_steps = 4 } }
+
+[models.new]
+layers = 1
+width  = 64
+heads  = 2
+kv_heads = 1
+max_position = 32
+
+[data.world]
+terms   = [2, 2]
+largest = 6
+held_out_share = 0.3
+
+[data]
+demonstrations = { source = "arithmetic", count = 20 }
+prompts        = { source = "arithmetic", count = 20 }
+documents      = { source = "arithmetic", count = 20 }
+
+[sft]
+epochs        = 20
+batch         = 20
+learning_rate = 1e-2
+
+[feedback]
+prompts   = 20
+responses = 4
+
+[reward]
+epochs        = 2
+batch         = 8
+learning_rate = 1e-3
+
+[critic]
+pretrain_groups = 8
+pretrain_batch  = 8
+
+[scale]
+iterations      = 3
+responses       = 24
+prompt_tokens   = 8
+response_tokens = 16
+learning_rate   = 1e-4
+
+[resources]
+engine = "vllm"
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -167,3 +234,34 @@ def finished(desk, server) -> tuple[Desk, subprocess.CompletedProcess[str]]:
     The other runs of these tests have no server, and start none by hand.
     """
     return desk, desk.rlhf("run", str(desk.experiment), server=server)
+
+
+def direct(run, stage, out, settings, **paths) -> Artifact:
+    """Perform a stage here and now, without Prefect."""
+    return stage.run(out, settings, **paths)
+
+
+@pytest.fixture(scope="session")
+def recipes_folder(tmp_path_factory):
+    torch.set_num_threads(2)
+    yield tmp_path_factory.mktemp("recipes")
+    close_engines()
+
+
+@pytest.fixture(scope="session")
+def walked(recipes_folder):
+    """The run of a recipe, walked once: all recipes stand on one base."""
+    file = recipes_folder / "small.toml"
+    file.write_text(ALL_RECIPES)
+    done: dict[str, Run] = {}
+
+    def run_of(name: str) -> Run:
+        if name not in done:
+            experiment = Experiment.load(file, recipe=name, name=name)
+            done[name] = Run(experiment, recipes_folder / "runs", direct)
+            done[name].folder.mkdir(parents=True)
+            done[name].file.write_text(experiment.dump())
+            walk(done[name])
+        return done[name]
+
+    return run_of

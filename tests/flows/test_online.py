@@ -57,13 +57,13 @@ def make(desk, tmp_path):
 
 def test_enough_mixed_groups_need_one_round(make):
     run, base = make(lambda number: True)
-    made, cursor = collect(run, base.prompts, Now(base.policy), 0)
+    made, cursor = collect(run, base, Now(base.policy), 0)
     assert (len(made.rollouts), made.kept, cursor) == (1, 6, 6)
 
 
 def test_a_second_round_asks_for_what_the_first_lacked(make):
     run, base = make(lambda number: number % 2 == 0)
-    made, cursor = collect(run, base.prompts, Now(base.policy), 0)
+    made, cursor = collect(run, base, Now(base.policy), 0)
     first, second = made.labels
     kept = int(first.stats["groups/kept"])
     assert 0 < kept < 6
@@ -74,7 +74,7 @@ def test_a_second_round_asks_for_what_the_first_lacked(make):
 
 def test_surplus_groups_are_kept_on_disk_and_marked(make):
     run, base = make(lambda number: True)
-    made, _ = collect(run, base.prompts, Now(base.policy, keep_rate=0.5), 0)
+    made, _ = collect(run, base, Now(base.policy, keep_rate=0.5), 0)
     labels = made.labels[0]
     assert labels.stats["groups/seen"] == 12
     reasons = labels.table()["dropped"].to_pylist()
@@ -144,6 +144,6 @@ def test_an_instruct_checkpoint_takes_the_new_models_place_with_one_change(desk,
     experiment = Experiment.load(desk.experiment, [f"models.policy={tmp_path / 'instruct'}", *longer], name="instruct")
     base = foundations(Run(experiment, tmp_path / "runs", direct))
     assert base.policy.manifest.inputs["policy"][0].path == str(tmp_path / "instruct")
-    made, _ = collect(Run(experiment, tmp_path / "runs", direct), base.prompts, Now(base.policy), 0)
+    made, _ = collect(Run(experiment, tmp_path / "runs", direct), base, Now(base.policy), 0)
     asked = Chat(base.policy.path).tokenizer.decode(made.rollouts[0].table()["prompt_tokens"][0].as_py())
     assert asked.startswith("<|user|>\n") and asked.endswith("\n<|assistant|>\n")

@@ -137,3 +137,26 @@ def test_no_file_and_no_toml_are_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "x.toml").what
     (tmp_path / "x.toml").write_text("recipe = ")
     assert refusal(tmp_path / "x.toml").where == str(tmp_path / "x.toml")
+
+
+def test_responses_per_iteration_become_groups_of_the_recipes_size(experiment_file):
+    text = experiment_file.read_text().replace("groups", "responses", 1)
+    experiment_file.write_text(text)
+    for size in (1, 4):
+        given = ("scale.responses=8", f"recipe_changes.dapo.rollout.group_size={size}")
+        experiment = loaded(experiment_file, *given, "recipe_changes.dapo.update.minibatches=1")
+        assert experiment.scale.groups == 8 // size
+        assert "responses =" not in experiment.dump().partition("[scale]")[2].partition("[evaluation]")[0]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "what"),
+    [
+        (("scale.responses=8",), "both groups and responses"),
+        (("scale.groups=", "scale.responses=1", "recipe_changes.dapo.rollout.group_size=2"), "at least"),
+        (("scale.groups=", "scale.responses=many"), "found 'many'"),
+    ],
+)
+def test_responses_that_make_no_groups_are_refused(experiment_file, assignments, what):
+    error = refusal(experiment_file, *assignments)
+    assert what in error.what and error.where == str(experiment_file)
