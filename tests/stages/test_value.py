@@ -91,13 +91,13 @@ def few(other_policy, by_hand):
 def reward_model(room, other_policy):
     model = fresh_reward_model(other_policy, 1)
     model.config.reward_bias = 0.75
-    save(model, AutoTokenizer.from_pretrained(other_policy), room / "a reward model")
-    return room / "a reward model"
+    save(model, AutoTokenizer.from_pretrained(other_policy), room / "value a reward model")
+    return room / "value a reward model"
 
 
 @pytest.fixture(scope="module")
 def pretrained(room, table, other_policy):
-    return value.run(room / "critic", pretraining(), advantages=table.path, policy=other_policy)
+    return value.run(room / "value critic", pretraining(), advantages=table.path, policy=other_policy)
 
 
 def weights_of(model):
@@ -190,7 +190,7 @@ def test_what_is_measured_is_what_the_kept_weights_say_of_held_out_prompts(pretr
 def test_pretraining_stops_when_nothing_more_is_learned(room, noise, other_policy, numbers):
     def pretrain(name, **changes):
         chosen = pretraining(learning_rate=1e-9, check_every=2, **{"patience": 3, **changes})
-        return value.run(room / name, chosen, advantages=noise.path, policy=other_policy)
+        return value.run(room / f"value {name}", chosen, advantages=noise.path, policy=other_policy)
 
     stopped, longer = pretrain("stopped"), pretrain("longer", patience=5)
     assert (stopped.stats["steps"], longer.stats["steps"]) == (6, 10)
@@ -204,7 +204,7 @@ def test_held_out_prompts_are_never_trained_on(by_hand, room, table, other_polic
     for place in np.flatnonzero(held_out([row["prompt_id"] for row in rows], 0.25, 3)):
         rows[place]["returns"] = [5.0 * place] * len(rows[place]["returns"])
     other = value.run(
-        room / "other returns", pretraining(), advantages=by_hand(ADVANTAGES, rows).path, policy=other_policy
+        room / "value other returns", pretraining(), advantages=by_hand(ADVANTAGES, rows).path, policy=other_policy
     )
     assert torch.equal(weights_of(other.path), weights_of(pretrained.path))
     assert other.stats["value/explained_variance"] < 0.5
@@ -212,7 +212,7 @@ def test_held_out_prompts_are_never_trained_on(by_hand, room, table, other_polic
 
 def test_in_pretraining_no_value_is_clipped(room, table, other_policy, pretrained):
     """Its loss is the plain one, and needs no old values, whatever the recipe's is."""
-    clipped = value.run(room / "clipped", pretraining(loss=CLIPPED), advantages=table.path, policy=other_policy)
+    clipped = value.run(room / "value clipped", pretraining(loss=CLIPPED), advantages=table.path, policy=other_policy)
     assert torch.equal(weights_of(clipped.path), weights_of(pretrained.path))
 
 
@@ -303,7 +303,7 @@ def test_a_look_in_the_middle_of_training_leaves_the_model_in_training(few, othe
 
 def test_before_an_iteration_stand_the_values_that_the_advantages_were_made_of(room, few, other_policy, numbers):
     measured = numbers(
-        value.run(room / "with values", settings(minibatches=2), advantages=few.path, policy=other_policy)
+        value.run(room / "value with values", settings(minibatches=2), advantages=few.path, policy=other_policy)
     )
     values, returns = (np.concatenate(few.table()[name].to_pylist()) for name in ("values", "returns"))
     expected = explained_variance(values, returns)
@@ -315,8 +315,8 @@ def test_before_an_iteration_stand_the_values_that_the_advantages_were_made_of(r
 
 def test_two_walks_go_on_where_the_first_ended(room, few, other_policy, numbers, tmp_path):
     chosen = settings(minibatches=3, warmup_steps=5)
-    first = value.run(room / "walk one", chosen, advantages=few.path, policy=other_policy)
-    second = value.run(room / "walk two", chosen, advantages=few.path, critic=first.path)
+    first = value.run(room / "value walk one", chosen, advantages=few.path, policy=other_policy)
+    second = value.run(room / "value walk two", chosen, advantages=few.path, critic=first.path)
     assert (first.stats["steps"], second.stats["steps"]) == (3, 6)
     rates = [numbers(made)["learning_rate", step] for made, step in ((first, 1), (first, 3), (second, 4), (second, 6))]
     assert rates == pytest.approx([1e-3 / 6, 3e-3 / 6, 4e-3 / 6, 1e-3])
@@ -334,17 +334,17 @@ def test_two_walks_go_on_where_the_first_ended(room, few, other_policy, numbers,
 def test_the_same_twice_and_something_else_with_another_seed(room, few, other_policy, pretrained, table):
     def digest(name, **changes):
         chosen = settings(minibatches=2, **changes)
-        return value.run(room / name, chosen, advantages=few.path, policy=other_policy).manifest.digest
+        return value.run(room / f"value {name}", chosen, advantages=few.path, policy=other_policy).manifest.digest
 
     assert digest("once") == digest("twice") != digest("seed", seed=4)
-    again = value.run(room / "critic again", pretraining(), advantages=table.path, policy=other_policy)
+    again = value.run(room / "value critic again", pretraining(), advantages=table.path, policy=other_policy)
     assert again.manifest.digest == pretrained.manifest.digest
     assert {path.name for path in again.path.iterdir()} >= {"trainer", "model.safetensors", "tokenizer.json"}
 
 
 def test_a_critic_without_pretraining_is_what_it_starts_from(room, few, other_policy, reward_model, pretrained, sound):
     def start(name, **given):
-        made = value.run(room / name, settings(steps=0), **given)
+        made = value.run(room / f"value {name}", settings(steps=0), **given)
         sound(made)
         assert made.stats["steps"] == (60 if "critic" in given else 0)
         return load_critic(made.path, "float32")
@@ -359,7 +359,7 @@ def test_a_critic_without_pretraining_is_what_it_starts_from(room, few, other_po
     assert from_policy.score.weight.abs().max() > 0
     assert from_policy.score.bias.item() == 0
     assert torch.equal(weights_of(start("of a critic", critic=pretrained.path)), weights_of(pretrained.path))
-    looked_at = value.run(room / "looked at", settings(steps=0), advantages=few.path, policy=other_policy)
+    looked_at = value.run(room / "value looked at", settings(steps=0), advantages=few.path, policy=other_policy)
     assert torch.equal(weights_of(looked_at.path), weights_of(from_policy))
     assert "value/explained_variance" in looked_at.stats
 
