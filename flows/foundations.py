@@ -7,6 +7,7 @@
 Runs on the same base share all of it but critic 0, which depends on the recipe.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,9 +195,8 @@ def _returns(run: Run, here: Path, prompts: Artifact, policy: Artifact, reward_m
     The divergence is left out of the rewards: this policy is its own reference, so it is 0 on every token.
     """
     experiment, recipe = run.experiment, run.experiment.recipe
-    sampling = RolloutSettings.of(
-        experiment, {"greedy": False, "count": experiment.critic.pretrain_groups, "draw": "pretraining"}
-    )
+    count = math.ceil(experiment.critic.pretrain_responses / recipe.rollout.group_size)
+    sampling = RolloutSettings.of(experiment, {"greedy": False, "count": count, "draw": "pretraining"})
     rollouts = run.do(rollout, here / "rollouts", sampling, prompts=prompts.path, policy=policy.path)
     judgements = judged(run, here / "judgements", rollouts, reward_model)
     judging = LabelSettings.of(experiment, {"filter": ()})

@@ -131,8 +131,8 @@ class Critic(Settings):
     """Optimizer steps of linear warm-up over the whole run."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's, on matrices."""
-    pretrain_groups: int = Field(64, ge=1)
-    """Prompts that the first policy answers for the pretraining."""
+    pretrain_responses: int = Field(512, ge=1)
+    """Responses of the first policy that the pretraining learns from, whole groups of them."""
     pretrain_batch: int = Field(64, ge=1)
     """Responses per optimizer step of the pretraining."""
 

@@ -126,8 +126,8 @@ batch         = 8
 learning_rate = 1e-3
 
 [critic]
-pretrain_groups = 8
-pretrain_batch  = 8
+pretrain_responses = 16
+pretrain_batch     = 8
 
 [scale]
 iterations      = 3

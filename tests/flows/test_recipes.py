@@ -1,6 +1,8 @@
 """Every recipe walks the loop three times on the built-in world, sampled by vLLM, and runs the models that it needs."""
 
+import json
 import math
+from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,18 +17,8 @@ from pipeline.contracts import METRICS
 from pipeline.models import checkpoint
 
 OF_MODELS = {
-    "dapo": {"old_logprobs"},
-    "grpo": {"old_logprobs", "ref_logprobs"},
-    "instructgpt": {"reward_scores", "old_logprobs", "ref_logprobs", "values"},
-    "ppo": {"reward_scores", "old_logprobs", "ref_logprobs", "values"},
-    "reinforce_pp": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "reinforce_pp_baseline": {"old_logprobs", "ref_logprobs"},
-    "remax": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "rlsc": set(),
-    "rloo": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "ttrl": {"old_logprobs", "ref_logprobs"},
-    "vapo": {"old_logprobs", "values"},
-    "vc_ppo": {"old_logprobs", "values"},
+    name: set(needs)
+    for name, needs in json.loads((Path(__file__).parents[1] / "golden" / "needs.json").read_text()).items()
 }
 """Columns that models fill, recipe by recipe: what a run is seen to make."""
 

@@ -12,21 +12,9 @@ from pipeline.algorithms.bind import bind
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shaping import on_last_token
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "recipes.json").read_text())
-NEEDS = {
-    "dapo": {"old_logprobs"},
-    "grpo": {"old_logprobs", "ref_logprobs"},
-    "instructgpt": {"reward_scores", "old_logprobs", "ref_logprobs", "values"},
-    "ppo": {"reward_scores", "old_logprobs", "ref_logprobs", "values"},
-    "reinforce_pp": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "reinforce_pp_baseline": {"old_logprobs", "ref_logprobs"},
-    "remax": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "rlsc": set(),
-    "rloo": {"reward_scores", "old_logprobs", "ref_logprobs"},
-    "ttrl": {"old_logprobs", "ref_logprobs"},
-    "vapo": {"old_logprobs", "values"},
-    "vc_ppo": {"old_logprobs", "values"},
-}
+GOLDEN_FOLDER = Path(__file__).parents[2] / "golden"
+GOLDEN = json.loads((GOLDEN_FOLDER / "recipes.json").read_text())
+NEEDS = {name: set(needs) for name, needs in json.loads((GOLDEN_FOLDER / "needs.json").read_text()).items()}
 FOR_LOSSES_ALONE = {
     "dapo": {"old_logprobs"},
     "grpo": {"old_logprobs", "ref_logprobs"},
