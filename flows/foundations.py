@@ -18,7 +18,7 @@ from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
 from pipeline.contracts import CRITIC, DEMONSTRATIONS, DOCUMENTS, POLICY, PROMPTS, RANKINGS, REWARD_MODEL, Contract
 from pipeline.errors import ExperimentError
-from pipeline.experiment import DataSlice
+from pipeline.experiment import DataSlice, Experiment
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.ingest import Settings as IngestSettings
@@ -159,18 +159,23 @@ def _reward_model(run: Run, prompts: Artifact, policy: Artifact, demonstrations:
 def _ranked(run: Run, prompts: Artifact, policy: Artifact) -> Artifact:
     """Candidates of the ordinary SFT policy, put in order."""
     refuse_unanswered(prompts.table(["prompt_id", "answer", "grader"]).to_pylist(), prompts)
-    plan = run.experiment.feedback
-    sampling = RolloutSettings.of(
-        run.experiment,
+    sampling = candidate_sampling(run.experiment)
+    candidates = run.do(rollout, run.base / "candidates", sampling, prompts=prompts.path, policy=policy.path)
+    return run.do(
+        rank, run.base / "rankings", RankSettings.of(run.experiment), rollouts=candidates.path, prompts=prompts.path
+    )
+
+
+def candidate_sampling(experiment: Experiment) -> RolloutSettings:
+    """How the responses that are ranked are sampled, or searched for."""
+    plan = experiment.feedback
+    return RolloutSettings.of(
+        experiment,
         {
             "group_size": plan.responses, "temperature": plan.temperature, "top_p": 1.0, "top_k": None,
             "beams": plan.beams, "greedy": False, "count": plan.prompts, "draw": "candidates",
         },
     )  # fmt: skip
-    candidates = run.do(rollout, run.base / "candidates", sampling, prompts=prompts.path, policy=policy.path)
-    return run.do(
-        rank, run.base / "rankings", RankSettings.of(run.experiment), rollouts=candidates.path, prompts=prompts.path
-    )
 
 
 def _critic(run: Run, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact | None:

@@ -34,6 +34,48 @@ BAD_RUNS = {
         ["small.toml", "--name", "c", "--set", "base=c", "--set", "models.policy=runs"],
         "config.json",
     ),
+    "no documents to mix in": (
+        [
+            "small.toml",
+            "--recipe",
+            "instructgpt",
+            "--name",
+            "i",
+            "--set",
+            "base=i",
+            "--set",
+            "recipe_changes.instructgpt.update.minibatches=1",
+        ],
+        "data.documents",
+    ),
+    "beams at a temperature": (
+        [
+            "small.toml",
+            "--recipe",
+            "rloo",
+            "--name",
+            "b",
+            "--set",
+            "base=b",
+            "--set",
+            "feedback.beams=4",
+            "--set",
+            "feedback.temperature=0.7",
+        ],
+        "temperature",
+    ),
+    "a policy's loss for the critic": (
+        [
+            "small.toml",
+            "--recipe",
+            "vc_ppo",
+            "--set",
+            "recipe_changes.vc_ppo.update.minibatches=1",
+            "--set",
+            "recipe_changes.vc_ppo.critic.loss={kind='nll'}",
+        ],
+        "returns",
+    ),
     "unreadable --set": (["small.toml", "--set", "scale"], "write --set table.name=value"),
 }
 
@@ -98,6 +140,18 @@ def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path, part):
 def test_unknown_stage_and_missing_input(desk, tmp_path):
     assert "ingest, sft, rollout" in desk.refusal("stage", "labell")
     assert "--rollouts" in desk.refusal("stage", "label", "--out", str(tmp_path / "o"))
+
+
+def test_comparing_under_a_name_that_no_recipe_has(desk, walked):
+    folder = str(walked("rloo").folder)
+    assert "did you mean 'rloo'" in desk.refusal("compare", folder, "--recipes", "grpo,rlo")
+    assert "recipe, stored" in desk.refusal("compare", folder, "--rewards", "theirs")
+
+
+def test_comparing_what_is_not_there(desk, walked):
+    run = walked("rloo")
+    assert "iterations there: 0000, 0001, 0002" in desk.refusal("compare", str(run.folder), "--iteration", "7")
+    assert "not a run" in desk.refusal("compare", str(run.base))
 
 
 def test_help_loads_nothing_heavy():
