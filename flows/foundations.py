@@ -197,18 +197,22 @@ def _critic(run: Run, prompts: Artifact, policy: Artifact, reward_model: Artifac
 def _returns(run: Run, here: Path, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact:
     """Monte-Carlo returns of responses of the frozen first policy (VC-PPO, arXiv:2503.01491; lambda = 1).
 
-    The divergence is left out of the rewards: this policy is its own reference, so it is 0 on every token.
+    The divergence is left out of the rewards: this policy is its own reference, so it is 0 on every token. One response
+    per prompt, unless rewards are made of groups: a critic that sees few prompts learns them by heart.
     """
     experiment, recipe = run.experiment, run.experiment.recipe
-    count = math.ceil(experiment.critic.pretrain_responses / recipe.rollout.group_size)
-    sampling = RolloutSettings.of(experiment, {"greedy": False, "count": count, "draw": "pretraining"})
+    bound = bind(recipe)
+    size = recipe.rollout.group_size if "group" in bound.labeler.needs else 1
+    count = math.ceil(experiment.critic.pretrain_responses / size)
+    sampling = RolloutSettings.of(
+        experiment, {"group_size": size, "greedy": False, "count": count, "draw": "pretraining"}
+    )
     rollouts = run.do(rollout, here / "rollouts", sampling, prompts=prompts.path, policy=policy.path)
     judgements = judged(run, here / "judgements", rollouts, reward_model)
     judging = LabelSettings.of(experiment, {"filter": ()})
     labels = run.do(
         label, here / "labels", judging, rollouts=rollouts.path, prompts=prompts.path, judgements=judgements
     )
-    bound = bind(recipe)
     of_models = {piece.name for piece in bound.shapers if bound.credit_needs & set(piece.needs)}
     discount = {"gamma": bound.advantage.settings["gamma"]} if "gamma" in bound.advantage.settings else {}
     crediting = AdvantageSettings.of(

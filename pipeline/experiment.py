@@ -132,9 +132,13 @@ class Critic(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's, on matrices."""
     pretrain_responses: int = Field(512, ge=1)
-    """Responses of the first policy that the pretraining learns from, whole groups of them."""
+    """Responses of the first policy that the pretraining learns from, one per prompt where rewards allow it."""
     pretrain_batch: int = Field(64, ge=1)
     """Responses per optimizer step of the pretraining."""
+    pretrain_check_every: int = Field(5, ge=1)
+    """Optimizer steps between two looks at held-out prompts, which end the pretraining when nothing is gained."""
+    pretrain_patience: int = Field(3, ge=1)
+    """Looks in a row without a gain after which the pretraining ends."""
 
 
 class Scale(Settings):

@@ -72,7 +72,7 @@ class Settings(StageSettings):
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """`recipe.critic.loss`, epochs and minibatches of `recipe.update`, `critic`; with `steps`, its batch as well.
+        """`recipe.critic.loss`, epochs and minibatches of `recipe.update`, `critic`; with `steps`, its pretraining.
 
         Raises `ExperimentError` when the recipe has no critic.
         """
@@ -82,13 +82,14 @@ class Settings(StageSettings):
                 f"recipe {recipe.name} has no critic: there are no values to learn", "recipe.critic",
                 "take a recipe with a critic; `rlhf recipes` lists the models that each needs",
             )  # fmt: skip
-        pretraining = changes.get("steps") is not None
+        named = {"batch": "pretrain_batch", "check_every": "pretrain_check_every", "patience": "pretrain_patience"}
+        pretraining = {ours: getattr(plan, theirs) for ours, theirs in named.items()}
         return {
             "loss": recipe.critic.loss, "epochs": recipe.update.epochs, "minibatches": recipe.update.minibatches,
             "learning_rate": plan.learning_rate or scale.learning_rate, "warmup_steps": plan.warmup_steps,
             "weight_decay": plan.weight_decay, "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
-            **({"batch": plan.pretrain_batch} if pretraining else {}),
+            **(pretraining if changes.get("steps") is not None else {}),
         }  # fmt: skip
 
 
