@@ -15,6 +15,7 @@ from flows.run import Run, artifacts_of, gather_metrics
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
 from pipeline.contracts import METRICS
+from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 
 OF_MODELS = {
@@ -134,3 +135,23 @@ def test_a_walked_run_is_read_back_and_not_walked_again(walked):
     times = {a.path: (a.path / "manifest.json").stat().st_mtime_ns for a in artifacts_of(run.folder)}
     walk(run)
     assert times == {a.path: (a.path / "manifest.json").stat().st_mtime_ns for a in artifacts_of(run.folder)}
+
+
+def test_rankings_that_people_made_take_the_place_of_sampled_candidates(recipes_folder, walked):
+    sums = [(a, b) for a in range(1, 7) for b in range(1, 7)]
+    pairs = [
+        {"prompt": f"{a}+{b}=", "chosen": f"{a}+{b}={a + b};{a + b}", "rejected": f"{a}+{b}={a};{a}"} for a, b in sums
+    ]
+    (recipes_folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = [
+        "base=ranked",
+        "scale.iterations=1",
+        f"data.folder={recipes_folder}",
+        "data.rankings.files=['pairs.jsonl']",
+    ]
+    experiment = Experiment.load(recipes_folder / "small.toml", changes, "rloo", "ranked-rloo")
+    run = Run(experiment, recipes_folder / "runs", walked("rloo").perform)
+    walk(run)
+    assert Artifact.open(run.base / "rankings").stats["rows"] == len(pairs)
+    assert not (run.base / "candidates").exists()
+    assert columns_of_models(run, 0) == OF_MODELS["rloo"]
