@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow, runtime
 
 from flows.evaluate import evaluate
-from flows.foundations import candidate_sampling, foundations, needs_reward_model
+from flows.foundations import candidate_sampling, foundations, needs_reward_model, ranks_candidates
 from flows.online import online
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
@@ -36,7 +36,9 @@ def check(experiment: Experiment) -> None:
             open_grader(data.grader)
     stages: list[Stage] = [sft, rollout, label, score, advantage, update]
     if needs_reward_model(experiment.recipe):
-        stages += [rank, reward]
+        stages.append(reward)
+    if ranks_candidates(experiment):
+        stages.append(rank)
         candidate_sampling(experiment)
     if experiment.recipe.critic is not None:
         stages.append(value)

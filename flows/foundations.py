@@ -10,6 +10,7 @@ Runs on the same base share all of it but critic 0, which depends on the recipe.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.run import Run
 from pipeline.algorithms.bind import bind
@@ -24,7 +25,7 @@ from stages.advantage import advantage
 from stages.ingest import Settings as IngestSettings
 from stages.ingest import ingest
 from stages.label import Settings as LabelSettings
-from stages.label import label, refuse_unanswered
+from stages.label import label, refuse_unanswered, refuse_ungraded
 from stages.rank import Settings as RankSettings
 from stages.rank import rank
 from stages.reward import Settings as RewardSettings
@@ -62,10 +63,7 @@ def foundations(run: Run) -> Foundations:
     data, recipe = run.experiment.data, run.experiment.recipe
     prompts = _ingested(run, "prompts", data.prompts)
     held_out = None if data.held_out is None else _ingested(run, "held_out", data.held_out)
-    if "verdicts" in bind(recipe).labeler.needs:
-        for asked in (prompts, held_out):
-            if asked is not None:
-                refuse_unanswered(asked.table(["prompt_id", "answer", "grader"]).to_pylist(), asked)
+    _refuse_unjudgeable(run, prompts, held_out)
     wanted = data.demonstrations if run.experiment.sft.enabled else None
     demonstrations = None if wanted is None else _ingested(run, "demonstrations", wanted)
     for trained in (prompts, demonstrations):
@@ -77,6 +75,28 @@ def foundations(run: Run) -> Foundations:
     reward_model = _reward_model(run, prompts, ordinary, demonstrations) if needs_reward_model(recipe) else None
     critic = _critic(run, prompts, policy, reward_model)
     return Foundations(prompts, held_out, policy, documents, reward_model, critic)
+
+
+def _refuse_unjudgeable(run: Run, prompts: Artifact, held_out: Artifact | None) -> None:
+    """Raise `ContractError`, before anything is trained, for prompts that lack what their responses are judged by."""
+    needs = bind(run.experiment.recipe).labeler.needs
+    if "verdicts" in needs and held_out is not None:
+        refuse_unanswered(_graded(held_out), held_out)
+    if "verdicts" in needs or ranks_candidates(run.experiment):
+        refuse_unanswered(_graded(prompts), prompts)
+    elif "answers" in needs:
+        refuse_ungraded(_graded(prompts), prompts)
+
+
+def _graded(prompts: Artifact) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = prompts.table(["prompt_id", "answer", "grader"]).to_pylist()
+    return rows
+
+
+def ranks_candidates(experiment: Experiment) -> bool:
+    """Whether responses are sampled to be ranked: a reward model is needed, and neither it nor rankings are named."""
+    named = experiment.models.reward_model is not None or experiment.data.rankings is not None
+    return needs_reward_model(experiment.recipe) and not named
 
 
 def needs_reward_model(recipe: Recipe) -> bool:
@@ -158,7 +178,6 @@ def _reward_model(run: Run, prompts: Artifact, policy: Artifact, demonstrations:
 
 def _ranked(run: Run, prompts: Artifact, policy: Artifact) -> Artifact:
     """Candidates of the ordinary SFT policy, put in order."""
-    refuse_unanswered(prompts.table(["prompt_id", "answer", "grader"]).to_pylist(), prompts)
     sampling = candidate_sampling(run.experiment)
     candidates = run.do(rollout, run.base / "candidates", sampling, prompts=prompts.path, policy=policy.path)
     return run.do(

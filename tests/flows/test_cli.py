@@ -126,6 +126,17 @@ def test_prompts_without_answers_are_refused_before_any_model(desk, tmp_path):
     assert not (desk.folder / "runs/u/sft").exists()
 
 
+@pytest.mark.parametrize(("recipe", "grader"), [("rloo", "exact"), ("ttrl", "none")])
+def test_prompts_that_nobody_can_judge_are_refused_before_any_model(desk, tmp_path, recipe, grader):
+    path = rows(tmp_path / "open.jsonl", {"prompt": "1+1="}, {"prompt": "1+2="})
+    data = f"data.prompts={{files=['{path}'], grader='{grader}'}}"
+    less = [f"recipe_changes.{recipe}.update.minibatches=1", "data.held_out=", f"base=j-{recipe}"]
+    words = [word for change in (data, *less) for word in ("--set", change)]
+    refused = desk.refusal("run", "small.toml", "--recipe", recipe, "--name", f"j-{recipe}", *words)
+    assert "answer" in refused or "grader" in refused
+    assert not (desk.folder / f"runs/j-{recipe}/sft").exists()
+
+
 @pytest.mark.parametrize("part", ["prompts", "demonstrations"])
 def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path, part):
     path = rows(tmp_path / "same.jsonl", {"prompt": "1+1=", "answer": "2"})
