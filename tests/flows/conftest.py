@@ -189,6 +189,13 @@ def prefect_home(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_engine_stays() -> Iterator[None]:
+    """Close what a module's runs left warm: a process holds one vLLM engine, and other tests build their own."""
+    yield
+    close_engines()
+
+
 @pytest.fixture(scope="session")
 def server(prefect_home) -> Iterator[str]:
     """The URL of a Prefect server of our own."""
@@ -244,8 +251,7 @@ def direct(run, stage, out, settings, **paths) -> Artifact:
 @pytest.fixture(scope="session")
 def recipes_folder(tmp_path_factory):
     torch.set_num_threads(2)
-    yield tmp_path_factory.mktemp("recipes")
-    close_engines()
+    return tmp_path_factory.mktemp("recipes")
 
 
 @pytest.fixture(scope="session")
