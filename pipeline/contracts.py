@@ -272,10 +272,11 @@ def _dropped_with_reason(table: pa.Table) -> Iterator[Fault]:
     yield Fault("dropped", "a reason on a kept row, or none on a dropped one", _where(pc.equal(keep, reason)))
 
 
-def _ranks_cover_responses(table: pa.Table) -> Iterator[Fault]:
-    counts = ragged.lengths(table["responses"])
-    yield Fault("responses", "fewer than two responses", counts < 2)
-    yield Fault("ranks", "length differs from responses", ragged.lengths(table["ranks"]) != counts)
+def _at_least_two(column: str) -> Invariant:
+    def invariant(table: pa.Table) -> Iterator[Fault]:
+        yield Fault(column, "fewer than two", ragged.lengths(table[column]) < 2)
+
+    return invariant
 
 
 _KEY = ("prompt_id", "sample")
@@ -332,6 +333,21 @@ DOCUMENTS = Contract(
     key=("document_id",),
 )  # fmt: skip
 
+QUESTIONS = Contract(
+    "questions", 1, "What annotators are asked to put in order: K different responses to one prompt.",
+    (
+        Field("question_id", STRING, "first 16 hex digits of sha256 of the prompt and the response texts"),
+        _PROMPT_ID,
+        _MESSAGES,
+        Field("responses", pa.list_(STRING), "the K >= 2 responses, all different, in an order that tells nothing"),
+        Field("response_ids", pa.list_(STRING), "who each is: `prompt_id/sample` of the rollouts; same length"),
+        Field("annotators", pa.list_(STRING), "who is asked; empty: anybody"),
+        _SOURCE,
+    ),
+    key=("question_id",),
+    invariants=(_last_turn("user"), _at_least_two("responses"), _same_length_as("responses", "response_ids")),
+)  # fmt: skip
+
 RANKINGS = Contract(
     "rankings", 1, "K responses to one prompt in order of preference; a preference pair is a ranking of two.",
     (
@@ -340,11 +356,18 @@ RANKINGS = Contract(
         _MESSAGES,
         Field("responses", pa.list_(STRING), "the K >= 2 responses"),
         Field("ranks", pa.list_(pa.int8()), "0 is best; equal numbers are ties and form no pair"),
+        Field(
+            "ratings", FLOATS, "how good each is to the annotator, in units of its own; differences are margins",
+            null=True, optional=True,
+        ),
         Field("annotator", STRING, "who ranked", null=True),
         Field("source", STRING, "where the row came from", null=True),
     ),
     key=("ranking_id",),
-    invariants=(_last_turn("user"), _ranks_cover_responses),
+    invariants=(
+        _last_turn("user"), _at_least_two("responses"), _same_length_as("responses", "ranks", "ratings"),
+        _finite("ratings"),
+    ),
 )  # fmt: skip
 
 ROLLOUTS = Contract(
@@ -408,6 +431,20 @@ SCORES = Contract(
     key=_KEY,
     group="prompt_id",
     invariants=(_logprobs("old_logprobs"), _logprobs("ref_logprobs"), _finite("values"), _finite("reward_scores")),
+)  # fmt: skip
+
+PERPLEXITIES = Contract(
+    "perplexities", 1, "How well a policy predicts plain text; what a policy has lost of it is the alignment tax.",
+    (
+        Field("document_id", STRING, "of the documents"),
+        Field("tokens", INT32, "predicted tokens: all but the first of each window", "token"),
+        Field("nll", FLOAT64, "sum over them of -log p; perplexity is exp(nll / tokens)", "nat"),
+    ),
+    key=("document_id",),
+    invariants=(
+        _elements("tokens", "no token", lambda x: x < 1),
+        _elements("nll", "not a negative log-likelihood (must be finite and >= 0)", lambda x: ~np.isfinite(x) | (x < 0)),
+    ),
 )  # fmt: skip
 
 ADVANTAGES = Contract(
@@ -475,7 +512,7 @@ CRITIC = Contract(
 CONTRACTS: dict[str, Contract] = {
     contract.name: contract
     for contract in (
-        PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS, LABELS, SCORES, ADVANTAGES, METRICS, POLICY,
-        REWARD_MODEL, CRITIC,
+        PROMPTS, DEMONSTRATIONS, DOCUMENTS, QUESTIONS, RANKINGS, ROLLOUTS, LABELS, SCORES, PERPLEXITIES, ADVANTAGES,
+        METRICS, POLICY, REWARD_MODEL, CRITIC,
     )
 }  # fmt: skip

@@ -7,7 +7,9 @@
     ├── ContractError             a dataset breaks its schema or its invariants (names file, column, keys)
     ├── ArtifactError             an artifact is missing, of the wrong kind, in conflict, or pruned
     ├── EngineError               the sampler failed; finished shards are kept
-    └── NumericsError             a loss is not finite, a log-probability is impossible (names the rows)
+    ├── NumericsError             a loss is not finite, a log-probability is impossible (names the rows)
+    ├── GateError                 what a run measured says that it should not go on; all of it stays readable
+    └── WaitingError              people have to do something before the run can go on (names what and where)
 
 Every message has up to three parts: what is wrong (with the value found), where, and what to do next.
 A new error goes under the branch whose exit code is right for it and stays picklable: keep `__init__` as it is.
@@ -67,3 +69,11 @@ class EngineError(PipelineError):
 
 class NumericsError(PipelineError):
     """A number that cannot be: a loss that is not finite, a log-probability above zero."""
+
+
+class GateError(PipelineError):
+    """A gate between stages says that the run should not go on. Everything made so far stays."""
+
+
+class WaitingError(PipelineError):
+    """The run goes on when people have done their part; then run it again."""

@@ -63,8 +63,12 @@ class Data(Settings):
     """What evaluation asks; no evaluation when absent."""
     documents: DataSlice | None = None
     """Plain text, for recipes that mix it in."""
+    held_out_documents: DataSlice | None = None
+    """Plain text that nothing is trained on: how well the policy still predicts it is measured."""
     rankings: DataSlice | None = None
     """What the reward model learns from; candidates are sampled and ranked when absent."""
+    held_out_rankings: DataSlice | None = None
+    """Rankings that only measure the reward model: nothing is trained or chosen by them."""
 
 
 class Sft(Settings):
@@ -91,6 +95,12 @@ class Sft(Settings):
 class Feedback(Settings):
     """Candidates and their ranking, for the reward model."""
 
+    by: Literal["grader", "people"] = "grader"
+    """Who ranks: simulated annotators that know the answers, or people, for whom the run waits."""
+    annotators: tuple[str, ...] = ()
+    """Names of those who rank; one without a name when absent."""
+    overlap: int = Field(1, ge=1)
+    """Annotators per question: with two and more, their agreement is measured."""
     prompts: int = Field(256, ge=1)
     """Prompts whose responses are ranked."""
     responses: int = Field(4, ge=2)
@@ -100,7 +110,12 @@ class Feedback(Settings):
     beams: int | None = Field(None, ge=2)
     """Search with so many beams and take the best as candidates, instead of sampling."""
     error_rate: float = Field(0.0, ge=0, lt=1)
-    """Share of the simulated annotator's verdicts that are turned round."""
+    """Share of the simulated annotators' verdicts that are turned round."""
+    answered_share: float = Field(1.0, gt=0, le=1)
+    """Least share of the rankings asked of people that must be there before the run goes on."""
+    every: int = Field(0, ge=0)
+    """Iterations after which candidates of the present policy are ranked as well and the reward model is made again
+    from all rankings; 0: never (arXiv:2203.02155, section 3.1)."""
 
 
 class Reward(Settings):
@@ -109,7 +124,7 @@ class Reward(Settings):
     epochs: int = Field(1, ge=1)
     """Passes over the rankings; more than one overfits (arXiv:2203.02155, section 3.5)."""
     batch: int = Field(64, ge=1)
-    """Rankings per optimizer step."""
+    """Prompts per optimizer step, with all their rankings."""
     learning_rate: float = Field(9e-6, gt=0)
     """At the peak of the schedule."""
     warmup_share: float = Field(0.0, ge=0, le=1)
@@ -118,8 +133,15 @@ class Reward(Settings):
     """Cosine decay ends at this share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's, on matrices."""
+    margin: float = Field(0.0, ge=0)
+    """The better response must lead by this times the difference of the ratings, where annotators gave ratings."""
     held_out_share: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts that are not trained on and measure accuracy."""
+    """Share of the prompts that are not trained on: they measure accuracy, and end the training early."""
+    check_every: int = Field(0, ge=0)
+    """Optimizer steps between two looks at the held-out prompts; the best weights seen are kept. 0: one look, at the
+    end, and the last weights are kept."""
+    patience: int = Field(3, ge=1)
+    """Looks in a row without a better accuracy after which the training ends."""
 
 
 class Critic(Settings):
@@ -175,6 +197,18 @@ class Evaluation(Settings):
     """Evaluate after every so many iterations as well; the first and the last policy always are."""
 
 
+class Gates(Settings):
+    """What a run has to measure up to in order to go on."""
+
+    reward_hacking: Literal["stop", "warn", "off"] = "stop"
+    """When the reward model's score rises while accuracy by the reference answers falls: stop, say so, or do not look.
+    Looked at where a reward model judges prompts that have answers."""
+    reward_hacking_drop: float = Field(0.05, gt=0, lt=1)
+    """Fall of the accuracy from its best that counts, both averaged over `reward_hacking_window` iterations."""
+    reward_hacking_window: int = Field(3, ge=1)
+    """Iterations whose mean is compared."""
+
+
 class Resources(Settings):
     """How stages run; no result depends on it beyond rounding."""
 
@@ -221,6 +255,8 @@ class Experiment(Settings):
     """Sizes of the loop."""
     evaluation: Evaluation = Evaluation()
     """Sampling on held-out prompts."""
+    gates: Gates = Gates()
+    """What a run has to measure up to in order to go on."""
     resources: Resources = Resources()
     """How stages run."""
 
