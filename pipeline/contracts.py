@@ -443,7 +443,7 @@ PERPLEXITIES = Contract(
     key=("document_id",),
     invariants=(
         _elements("tokens", "no token", lambda x: x < 1),
-        _elements("nll", "not a negative log-likelihood (must be finite and >= 0)", lambda x: ~np.isfinite(x) | (x < 0)),
+        _elements("nll", "not finite and >= 0", lambda x: ~np.isfinite(x) | (x < 0)),
     ),
 )  # fmt: skip
 
