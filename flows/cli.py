@@ -113,6 +113,16 @@ def compare(
     reports.compare(folder, iteration, [name.strip() for name in recipes.split(",") if name.strip()], rewards)
 
 
+@app.command()
+def results(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs.")],
+) -> None:
+    """What runs came to, side by side: accuracy, win rate against SFT, score, KL, loss on documents; a picture."""
+    from flows import reports
+
+    reports.results(folders)
+
+
 def main() -> None:
     """Entry point of `rlhf`: errors of ours are told without a traceback."""
     try:

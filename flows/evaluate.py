@@ -3,18 +3,23 @@
 Where there are answers the verifier judges, whatever rewards the training: accuracy is against the truth.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from flows.foundations import Foundations, judged
+from flows.foundations import Foundations
 from flows.run import Run
 from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
 from stages.label import Settings as LabelSettings
 from stages.label import label
+from stages.perplexity import Settings as PerplexitySettings
+from stages.perplexity import perplexity
 from stages.rollout import Settings as RolloutSettings
 from stages.rollout import rollout
+from stages.score import Settings as ScoreSettings
+from stages.score import score
 
 VERIFIER = Line(kind="verifier")
 
@@ -28,12 +33,18 @@ def answered(prompts: Artifact) -> bool:
 def evaluate(run: Run, base: Foundations, policy: Artifact, iteration: int) -> Artifact | None:
     """Label `samples` responses to every held-out prompt; accuracy, pass@k and maj@k are in the artifact's stats.
 
+    Beside the labels lie, where there is a reward model, what the first one says of the responses and how far they are
+    from the first policy (`scores`), and where there are held-out documents, the loss on them (`perplexity`).
     None where the experiment holds no prompts out.
     """
+    where = run.folder / "eval" / f"{iteration:04d}"
+    if base.held_out_documents is not None:
+        reading = PerplexitySettings.of(run.experiment)
+        run.do(perplexity, where / "perplexity", reading, documents=base.held_out_documents.path, policy=policy.path)
     held_out = base.held_out
     if held_out is None:
         return None
-    plan, where = run.experiment.evaluation, run.folder / "eval" / f"{iteration:04d}"
+    plan = run.experiment.evaluation
     sampling = RolloutSettings.of(
         run.experiment,
         {
@@ -42,13 +53,24 @@ def evaluate(run: Run, base: Foundations, policy: Artifact, iteration: int) -> A
         },
     )  # fmt: skip
     rollouts = run.do(rollout, where / "rollouts", sampling, prompts=held_out.path, policy=policy.path)
+    scores = _scores(run, base, policy, where / "scores", rollouts)
     changes: dict[str, Any] = {"filter": ()}
-    judgements = None
     if answered(held_out):
         changes |= {"label": VERIFIER}
-    else:
-        judgements = judged(run, where / "judgements", rollouts, base.reward_model)
     judging = LabelSettings.of(run.experiment, changes)
     return run.do(
-        label, where / "labels", judging, rollouts=rollouts.path, prompts=held_out.path, judgements=judgements
-    )
+        label, where / "labels", judging, rollouts=rollouts.path, prompts=held_out.path,
+        judgements=scores if "label" not in changes else None,
+    )  # fmt: skip
+
+
+def _scores(run: Run, base: Foundations, policy: Artifact, out: Path, rollouts: Artifact) -> Path | None:
+    """The first reward model judges every evaluation: one yardstick, also where later ones take its place."""
+    if base.reward_model is None:
+        return None
+    needs = ("old_logprobs", "ref_logprobs", "reward_scores")
+    settings = ScoreSettings.of(run.experiment, {"needs": needs, "temperature": run.experiment.evaluation.temperature})
+    return run.do(
+        score, out, settings, rollouts=[rollouts.path], policy=policy.path, reference=base.policy.path,
+        reward_model=base.reward_model.path,
+    ).path  # fmt: skip

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from prefect import flow, runtime
 
+from flows import hacking
 from flows.evaluate import evaluate
-from flows.foundations import candidate_sampling, foundations, needs_reward_model, ranks_candidates
+from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, ranks_candidates
+from flows.foundations import foundations
 from flows.online import online
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
@@ -16,6 +18,7 @@ from pipeline.grading import open_grader
 from pipeline.metrics import console
 from pipeline.stage import Stage
 from stages.advantage import advantage
+from stages.ask import ask
 from stages.label import label
 from stages.rank import rank
 from stages.reward import reward
@@ -37,8 +40,8 @@ def check(experiment: Experiment) -> None:
     stages: list[Stage] = [sft, rollout, label, score, advantage, update]
     if needs_reward_model(experiment.recipe):
         stages.append(reward)
-    if ranks_candidates(experiment):
-        stages.append(rank)
+    if ranks_candidates(experiment) or ranks_again(experiment):
+        stages += [ask, rank]
         candidate_sampling(experiment)
     if experiment.recipe.critic is not None:
         stages.append(value)
@@ -103,6 +106,9 @@ def run_experiment(
     console.line(
         f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
     )
-    outcome = walk(run)
-    write_metrics(run.folder)
+    try:
+        outcome = walk(run)
+    finally:  # what a run that stopped has measured is to be seen as well
+        write_metrics(run.folder)
+        hacking.draw([run.folder])
     return str(outcome.policy.path)

@@ -1,7 +1,7 @@
 """Before the loop: ingest what the experiment names, make policy 0 and, where the recipe asks, the models that judge.
 
     demonstrations (, documents) --> sft --> policy 0
-    policy 0 --> rollout (candidates) --> rank --> reward --> reward model
+    policy 0 --> candidates, rankings --> reward --> reward model              (flows/feedback.py)
     policy 0 --> rollout, label, advantage (Monte-Carlo returns) --> value --> critic 0
 
 Runs on the same base share all of it but critic 0, which depends on the recipe.
@@ -12,24 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.feedback import Feedback, Preferring, learned, needs_reward_model, ranked, ranks_again, ranks_candidates
 from flows.run import Run
 from pipeline.algorithms.bind import bind
-from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
 from pipeline.contracts import CRITIC, DEMONSTRATIONS, DOCUMENTS, POLICY, PROMPTS, RANKINGS, REWARD_MODEL, Contract
 from pipeline.errors import ExperimentError
-from pipeline.experiment import DataSlice, Experiment
+from pipeline.experiment import DataSlice
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.ingest import Settings as IngestSettings
 from stages.ingest import ingest
 from stages.label import Settings as LabelSettings
 from stages.label import label, refuse_unanswered, refuse_ungraded
-from stages.rank import Settings as RankSettings
-from stages.rank import rank
-from stages.reward import Settings as RewardSettings
-from stages.reward import reward
 from stages.rollout import Settings as RolloutSettings
 from stages.rollout import rollout
 from stages.score import Settings as ScoreSettings
@@ -41,7 +37,7 @@ from stages.value import value
 
 CONTRACT_OF: dict[str, Contract] = {
     "prompts": PROMPTS, "held_out": PROMPTS, "demonstrations": DEMONSTRATIONS, "documents": DOCUMENTS,
-    "rankings": RANKINGS,
+    "held_out_documents": DOCUMENTS, "rankings": RANKINGS, "held_out_rankings": RANKINGS,
 }  # fmt: skip
 """Part of the experiment's data -> what `ingest` makes of it."""
 
@@ -54,8 +50,17 @@ class Foundations:
     held_out: Artifact | None
     policy: Artifact
     documents: Artifact | None = None
-    reward_model: Artifact | None = None
+    held_out_documents: Artifact | None = None
     critic: Artifact | None = None
+    feedback: Feedback | None = None
+    """The first reward model and what it learned from, where the recipe needs one."""
+    preferring: Preferring | None = None
+    """What later reward models are made with."""
+
+    @property
+    def reward_model(self) -> Artifact | None:
+        """The first reward model."""
+        return None if self.feedback is None else self.feedback.model
 
 
 def foundations(run: Run) -> Foundations:
@@ -69,12 +74,16 @@ def foundations(run: Run) -> Foundations:
     for trained in (prompts, demonstrations):
         if held_out is not None and trained is not None:
             refuse_leak(trained, held_out)
-    documents = _documents(run)
+    documents, kept = _documents(run), data.held_out_documents
+    held_out_documents = None if kept is None else _ingested(run, "held_out_documents", kept)
     ordinary = _policy(run, demonstrations, documents)
     policy = _own_policy(run, demonstrations, documents) or ordinary
-    reward_model = _reward_model(run, prompts, ordinary, demonstrations) if needs_reward_model(recipe) else None
-    critic = _critic(run, prompts, policy, reward_model)
-    return Foundations(prompts, held_out, policy, documents, reward_model, critic)
+    feedback = preferring = None
+    if needs_reward_model(recipe):
+        preferring = Preferring(prompts, ordinary, demonstrations, _held_out_rankings(run))
+        feedback = _feedback(run, preferring)
+    critic = _critic(run, prompts, policy, None if feedback is None else feedback.model)
+    return Foundations(prompts, held_out, policy, documents, held_out_documents, critic, feedback, preferring)
 
 
 def _refuse_unjudgeable(run: Run, prompts: Artifact, held_out: Artifact | None) -> None:
@@ -82,7 +91,8 @@ def _refuse_unjudgeable(run: Run, prompts: Artifact, held_out: Artifact | None) 
     needs = bind(run.experiment.recipe).labeler.needs
     if "verdicts" in needs and held_out is not None:
         refuse_unanswered(_graded(held_out), held_out)
-    if "verdicts" in needs or ranks_candidates(run.experiment):
+    by_grader = run.experiment.feedback.by == "grader"
+    if "verdicts" in needs or (by_grader and (ranks_candidates(run.experiment) or ranks_again(run.experiment))):
         refuse_unanswered(_graded(prompts), prompts)
     elif "answers" in needs:
         refuse_ungraded(_graded(prompts), prompts)
@@ -91,18 +101,6 @@ def _refuse_unjudgeable(run: Run, prompts: Artifact, held_out: Artifact | None) 
 def _graded(prompts: Artifact) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = prompts.table(["prompt_id", "answer", "grader"]).to_pylist()
     return rows
-
-
-def ranks_candidates(experiment: Experiment) -> bool:
-    """Whether responses are sampled to be ranked: a reward model is needed, and neither it nor rankings are named."""
-    named = experiment.models.reward_model is not None or experiment.data.rankings is not None
-    return needs_reward_model(experiment.recipe) and not named
-
-
-def needs_reward_model(recipe: Recipe) -> bool:
-    """Whether responses are judged by a reward model, or the critic starts from one."""
-    by_critic = recipe.critic is not None and recipe.critic.start == "reward_model"
-    return by_critic or "reward_scores" in bind(recipe).needs
 
 
 def _ingested(run: Run, part: str, wanted: DataSlice) -> Artifact:
@@ -160,41 +158,21 @@ def _imitating(
     )  # fmt: skip
 
 
-def _reward_model(run: Run, prompts: Artifact, policy: Artifact, demonstrations: Artifact | None) -> Artifact:
+def _feedback(run: Run, using: Preferring) -> Feedback:
     """The reward model that the experiment names, or one trained on rankings: given ones, or of sampled candidates."""
     experiment = run.experiment
     if experiment.models.reward_model is not None:
-        return Artifact.open(Path(experiment.models.reward_model), REWARD_MODEL)
-    if experiment.data.rankings is not None:
-        rankings = _ingested(run, "rankings", experiment.data.rankings)
-    else:
-        rankings = _ranked(run, prompts, policy)
-    shown = None if demonstrations is None else demonstrations.path
-    settings = RewardSettings.of(experiment)
-    return run.do(
-        reward, run.base / "reward", settings, rankings=rankings.path, policy=policy.path, demonstrations=shown
+        return Feedback(Artifact.open(Path(experiment.models.reward_model), REWARD_MODEL))
+    given = experiment.data.rankings
+    rankings = (
+        ranked(run, run.base, using.policy, using.prompts) if given is None else _ingested(run, "rankings", given)
     )
+    return learned(run, run.base / "reward", using, [rankings])
 
 
-def _ranked(run: Run, prompts: Artifact, policy: Artifact) -> Artifact:
-    """Candidates of the ordinary SFT policy, put in order."""
-    sampling = candidate_sampling(run.experiment)
-    candidates = run.do(rollout, run.base / "candidates", sampling, prompts=prompts.path, policy=policy.path)
-    return run.do(
-        rank, run.base / "rankings", RankSettings.of(run.experiment), rollouts=candidates.path, prompts=prompts.path
-    )
-
-
-def candidate_sampling(experiment: Experiment) -> RolloutSettings:
-    """How the responses that are ranked are sampled, or searched for."""
-    plan = experiment.feedback
-    return RolloutSettings.of(
-        experiment,
-        {
-            "group_size": plan.responses, "temperature": plan.temperature, "top_p": 1.0, "top_k": None,
-            "beams": plan.beams, "greedy": False, "count": plan.prompts, "draw": "candidates",
-        },
-    )  # fmt: skip
+def _held_out_rankings(run: Run) -> Artifact | None:
+    wanted = run.experiment.data.held_out_rankings
+    return None if wanted is None else _ingested(run, "held_out_rankings", wanted)
 
 
 def _critic(run: Run, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact | None:

@@ -6,11 +6,13 @@ It knows stages and files, and no algorithm: a model is there or not because the
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Self
 
+from flows import hacking
 from flows.evaluate import evaluate
+from flows.feedback import Feedback, renewed
 from flows.foundations import Foundations, judged
-from flows.run import Run
+from flows.run import Run, path_of
 from pipeline.algorithms.recipe import KlController
 from pipeline.artifacts import Artifact
 from pipeline.experiment import Experiment
@@ -46,6 +48,20 @@ class Now:
     """Prompts taken from the stream so far."""
     keep_rate: float = 1.0
     """Share of the groups that the last iteration's filters kept."""
+    feedback: Feedback | None = None
+    """The reward model that judges now."""
+    judged: tuple[hacking.Point, ...] = ()
+    """What it said of the iterations that it judged, beside what was right."""
+
+    @classmethod
+    def start(cls, base: Foundations) -> Self:
+        """Before the first iteration."""
+        return cls(base.policy, base.critic, feedback=base.feedback)
+
+    @property
+    def reward_model(self) -> Artifact | None:
+        """What judges responses; None where the recipe needs no reward model."""
+        return None if self.feedback is None else self.feedback.model
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class Collected:
 
 def online(run: Run, base: Foundations) -> Artifact:
     """Walk the loop `scale.iterations` times and return the last policy."""
-    now, total, started = Now(base.policy, base.critic), run.experiment.scale.iterations, time.monotonic()
+    now, total, started = Now.start(base), run.experiment.scale.iterations, time.monotonic()
     for number in range(total):
         began = time.monotonic()
         made, now = iterate(run, base, now, number)
@@ -89,15 +105,16 @@ def online(run: Run, base: Foundations) -> Artifact:
 def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, Now]:
     """One walk of the loop. Where filters leave nothing to learn from, the models stay as they are."""
     here, experiment = run.iteration(number), _adapted(run.experiment, now.divergence_scale)
+    now = _renewed(run, base, now, number)
     made, cursor = collect(run, base, now, number)
-    after = replace(now, cursor=cursor, keep_rate=made.passed)
+    after = replace(now, cursor=cursor, keep_rate=made.passed, judged=_watched(run, now, made, number))
     if made.kept == 0:
         return made, after
     rollouts, labels = ([a.path for a in made.rollouts], [a.path for a in made.labels])
     scores = None
     if needs := ScoreSettings.slice(experiment, {})["needs"]:
         models = {"policy": now.policy, "reference": base.policy, "critic": now.critic}
-        asked = {MODEL_OF[need]: _path(models[MODEL_OF[need]]) for need in needs}
+        asked = {MODEL_OF[need]: path_of(models[MODEL_OF[need]]) for need in needs}
         settings = ScoreSettings.of(experiment)
         scores = run.do(score, here / "scores", settings, rollouts=rollouts, labels=labels, **asked)
     table = run.do(
@@ -106,7 +123,7 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         AdvantageSettings.of(experiment),
         rollouts=rollouts,
         labels=labels,
-        scores=_path(scores),
+        scores=path_of(scores),
     )
     critic = now.critic
     if critic is not None:
@@ -118,14 +135,29 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         UpdateSettings.of(experiment),
         advantages=table.path,
         policy=now.policy.path,
-        documents=_path(base.documents) if experiment.recipe.mix is not None else None,
+        documents=path_of(base.documents) if experiment.recipe.mix is not None else None,
     )
     scale = _next_scale(experiment.recipe.kl_controller, now.divergence_scale, scores)
     return made, replace(after, policy=policy, critic=critic, divergence_scale=scale)
 
 
-def _path(artifact: Artifact | None) -> Path | None:
-    return None if artifact is None else artifact.path
+def _renewed(run: Run, base: Foundations, now: Now, number: int) -> Now:
+    """With a reward model that learned from candidates of the present policy as well, where it is time for it."""
+    every = run.experiment.feedback.every
+    if now.feedback is None or base.preferring is None or not every or number == 0 or number % every:
+        return now
+    feedback = renewed(run, run.iteration(number), base.preferring, now.feedback, now.policy, number // every)
+    return replace(now, feedback=feedback)
+
+
+def _watched(run: Run, now: Now, made: Collected, number: int) -> tuple[hacking.Point, ...]:
+    """Look whether the reward model is being deceived. Raises `GateError` when it is and the run is to stop."""
+    if now.feedback is None or not hacking.watched(made.labels, run.experiment.gates):
+        return now.judged
+    points = (*now.judged, hacking.point(number, made.labels))
+    if warning := hacking.gate(points, run.experiment.gates, made.rollouts, made.labels):
+        run.say(f"  {warning}")
+    return points
 
 
 def _adapted(experiment: Experiment, scale: float) -> Experiment:
@@ -156,7 +188,7 @@ def collect(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         )
         prompts = base.prompts.path
         rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts, policy=now.policy.path)
-        judgements = judged(run, here / f"judgements-{turn}", rollouts, base.reward_model)
+        judgements = judged(run, here / f"judgements-{turn}", rollouts, now.reward_model)
         judging = LabelSettings.of(run.experiment, {"room": room})
         labels = run.do(
             label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts, judgements=judgements

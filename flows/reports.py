@@ -45,6 +45,7 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
         "",
         "next:",
         f"  {rlhf} status {folder}",
+        f"  {rlhf} results {folder}",
         f'  {rlhf} show {folder}/0000/labels-0 --where "reward < 1"',
         f"  {rlhf} run {asked} --recipe {other} --name {experiment.name}-{other}{elsewhere}",
     ]
@@ -110,6 +111,16 @@ def compare(folder: Path, iteration: int, names: list[str], rewards: str) -> Non
     for sheet in comparing.sheets(made):
         _print(sheet)
     sys.stdout.write(f"picture: {comparing.picture(made)}\n")
+
+
+def results(folders: list[Path]) -> None:
+    """`rlhf results`: the final table, and score against accuracy as a picture where a reward model judged."""
+    from flows import hacking
+    from flows import results as ending
+
+    _print(ending.table(folders).transposed())
+    if (picture := hacking.draw(folders)) is not None:
+        sys.stdout.write(f"score against accuracy, as a picture: {picture}\n")
 
 
 def status(folder: Path) -> None:

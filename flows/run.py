@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import MANIFEST, METRICS_FILE, Artifact
+from pipeline.contracts import METRICS
 from pipeline.experiment import Experiment
 from pipeline.stage import Stage, StageSettings
 
@@ -91,6 +92,11 @@ class Outcome:
     after: Artifact | None
 
 
+def path_of(artifact: Artifact | None) -> Path | None:
+    """Where an artifact lies that a stage may do without."""
+    return None if artifact is None else artifact.path
+
+
 def name_of(path: Path, root: Path) -> str:
     """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
     return "/".join(path.relative_to(root).parts[1:])
@@ -105,7 +111,7 @@ def artifacts_of(folder: Path) -> list[Artifact]:
 def gather_metrics(folder: Path) -> pa.Table:
     """The metrics of all artifacts of a run."""
     files = [artifact.path / METRICS_FILE for artifact in artifacts_of(folder)]
-    return pa.concat_tables([pq.read_table(path) for path in files if path.exists()])
+    return pa.concat_tables([METRICS.schema().empty_table(), *(pq.read_table(path) for path in files if path.exists())])
 
 
 def write_metrics(folder: Path) -> None:

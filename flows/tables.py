@@ -10,7 +10,9 @@ from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ExperimentError
 from pipeline.stage import Stage
 
-STAGES = ("ingest", "sft", "rollout", "rank", "reward", "label", "score", "advantage", "value", "update")
+STAGES = (
+    "ingest", "sft", "rollout", "ask", "rank", "reward", "label", "score", "advantage", "value", "update", "perplexity",
+)  # fmt: skip
 """In the order in which data passes them."""
 
 
@@ -21,6 +23,11 @@ class Sheet:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def transposed(self) -> "Sheet":
+        """Rows as columns: for tables of a few rows with many numbers."""
+        header, *rows = zip(self.header, *self.rows, strict=True)
+        return Sheet(self.title, header, tuple(rows))
 
     def markdown(self) -> str:
         """As a Markdown table."""

@@ -336,7 +336,7 @@ DOCUMENTS = Contract(
 QUESTIONS = Contract(
     "questions", 1, "What annotators are asked to put in order: K different responses to one prompt.",
     (
-        Field("question_id", STRING, "first 16 hex digits of sha256 of the prompt and the response texts"),
+        Field("question_id", STRING, "`q` and 16 hex digits of sha256 of the prompt and the response texts"),
         _PROMPT_ID,
         _MESSAGES,
         Field("responses", pa.list_(STRING), "the K >= 2 responses, all different, in an order that tells nothing"),
@@ -357,7 +357,7 @@ RANKINGS = Contract(
         Field("responses", pa.list_(STRING), "the K >= 2 responses"),
         Field("ranks", pa.list_(pa.int8()), "0 is best; equal numbers are ties and form no pair"),
         Field(
-            "ratings", FLOATS, "how good each is to the annotator, in units of its own; differences are margins",
+            "ratings", FLOATS, "how good each is to the annotator; differences are margins", "the annotator's points",
             null=True, optional=True,
         ),
         Field("annotator", STRING, "who ranked", null=True),

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of
 from pipeline.contracts import Contract
-from pipeline.errors import ArtifactError, ExperimentError, InputError, PipelineError
+from pipeline.errors import ArtifactError, ExperimentError, InputError, PipelineError, WaitingError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.settings import Settings, explain, override
@@ -124,7 +124,8 @@ class Stage:
         """Return the artifact of this computation at `out`, made now unless it is already there.
 
         Raises `ArtifactError` when `out` holds another computation, and whatever the stage raises; what it had
-        finished by then is kept for the next try, except after an error of the request itself.
+        finished by then is kept for the next try, except after an error of the request itself and while people are
+        waited for.
         """
         opened, fingerprint = self._identify(settings, paths)
         if (done := self._reuse(out, settings, opened, fingerprint)) is not None:
@@ -142,7 +143,7 @@ class Stage:
             self.function(self._inputs(opened), settings, outbox)
             return outbox.commit()
         except PipelineError as error:
-            if error.exit_code == ExperimentError.exit_code:
+            if error.exit_code == ExperimentError.exit_code or isinstance(error, WaitingError):
                 outbox.discard()
             raise
         finally:

@@ -1,33 +1,38 @@
 """rankings, policy or reward_model (, demonstrations) -> reward_model: the better response gets the higher score."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import compress
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline import ragged
-from pipeline.algorithms.losses import pairs, ranking, reward_bias
+from pipeline.algorithms.losses import reward_bias
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import DEMONSTRATIONS, POLICY, RANKINGS, REWARD_MODEL
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.device import device
-from pipeline.models.forward import response_scores
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
 from pipeline.training import batches
-from pipeline.training.batches import Rows
-from pipeline.training.loop import Losses, Plan, fit
+from pipeline.training.best import Best, Judged
+from pipeline.training.comparisons import measures
+from pipeline.training.loop import Plan, fit
 from pipeline.training.optimizer import adamw, cosine
+from pipeline.training.preference import Compared, Element, Preference, elements, scored
+
+PAIRS = "pairs.parquet"
+"""Beside the model: every comparison that it was measured by, and what it said of it."""
 
 
 class Settings(StageSettings):
@@ -36,7 +41,7 @@ class Settings(StageSettings):
     epochs: int = Field(1, ge=1)
     """Passes over the rankings; more than one overfits (arXiv:2203.02155, section 3.5)."""
     batch: int = Field(64, ge=1)
-    """Rankings per optimizer step."""
+    """Prompts per optimizer step, with all their rankings."""
     learning_rate: float = Field(9e-6, gt=0)
     """Peak of the schedule."""
     warmup_share: float = Field(0.0, ge=0, le=1)
@@ -45,16 +50,23 @@ class Settings(StageSettings):
     """Cosine decay ends at this share of the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's, of all matrices."""
+    margin: float = Field(0.0, ge=0)
+    """The better response must lead by this times the difference of the ratings, where annotators gave ratings."""
     held_out_share: float = Field(0.1, ge=0, lt=1)
-    """Share of the prompts that are not trained on and measure accuracy."""
+    """Share of the prompts that are not trained on: they measure accuracy, and end the training early."""
+    check_every: int = Field(0, ge=0)
+    """Optimizer steps between two looks at the held-out prompts; the best weights seen are kept. 0: one look, at the
+    end, and the last weights are kept."""
+    patience: int = Field(3, ge=1)
+    """Looks in a row without a better accuracy after which the training ends."""
     gradient_clip: float = Field(1.0, gt=0)
     """Longest gradient; a longer one is scaled down to it."""
     tokens: int = Field(1024, ge=1)
     """A ranking with a longer prompt and response is left out and counted, never cut; so is a demonstration."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once; a ranking is never divided."""
+    """Tokens that fit into memory at once; a prompt with its responses is never divided."""
     seed: int = 0
-    """Of the run: a new head, the order of the rankings and what is held out follow from it."""
+    """Of the run: a new head, the order of the prompts and what is held out follow from it."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,166 +81,52 @@ class Settings(StageSettings):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What people prefer, the model to start from, and responses that are to score 0 on average."""
+    """What people prefer, the model to start from, responses that are to score 0 on average, and a test."""
 
-    rankings: Annotated[Artifact, RANKINGS]
+    rankings: Annotated[tuple[Artifact, ...], RANKINGS]
     policy: Annotated[Artifact | None, POLICY] = None
     reward_model: Annotated[Artifact | None, REWARD_MODEL] = None
     demonstrations: Annotated[Artifact | None, DEMONSTRATIONS] = None
+    held_out: Annotated[Artifact | None, RANKINGS] = None
+    """Rankings that only measure: nothing is trained or chosen by them."""
 
 
-class Text(NamedTuple):
-    """A prompt and a response to it."""
-
-    prompt: list[int]
-    response: list[int]
-
-    @property
-    def length(self) -> int:
-        """Tokens of both."""
-        return len(self.prompt) + len(self.response)
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One ranking as tokens."""
-
-    name: str
-    prompt_id: str
-    """Without the mark of a second draw."""
-    texts: list[Text]
-    ranks: list[int]
-
-
-@dataclass(frozen=True)
-class Preference:
-    """The objective: the mean over an optimizer step's rankings of the loss over each ranking's pairs.
-
-    Every response is read once, whatever the number of pairs it is in (arXiv:2203.02155, section 3.5).
-    """
-
-    rankings: Sequence[Ranked]
-    """Each has a pair."""
-
-    @cached_property
-    def lengths(self) -> Int[np.ndarray, " N"]:
-        """Tokens per ranking: of its responses, padded to the longest of them."""
-        return np.array([len(r.texts) * max(text.length for text in r.texts) for r in self.rankings], dtype=np.int64)
-
-    def step(self, rows: Rows) -> int:
-        """The number of rankings in the step."""
-        return len(rows)
-
-    def losses(self, model: nn.Module, rows: Rows, step: int) -> Losses:
-        """Its share of the mean over the step."""
-        chosen = [self.rankings[row] for row in rows]
-        texts = [text for ranked in chosen for text in ranked.texts]
-        ranks, mask = compared(chosen, device())
-        scores = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, _scores(model, texts))
-        losses = ranking(scores, ranks, mask) / step
-        total = losses.sum()
-        right = accuracies(scores.detach(), ranks, mask).sum() / step
-        return Losses(total, {"loss/ranking": float(total.detach()), "accuracy/pairs": float(right)})
-
-    def names(self, rows: Rows) -> list[str]:
-        """Rankings by their id."""
-        return [self.rankings[row].name for row in rows]
-
-
-def compared(
-    rankings: Sequence[Ranked], place: torch.device | None = None
-) -> tuple[Int[Tensor, "N K"], Bool[Tensor, "N K"]]:
-    """Ranks of the responses of N rankings, padded to the longest of them, and where there is a response."""
-    counts = np.array([len(ranked.ranks) for ranked in rankings], dtype=np.int64)
-    mask = torch.from_numpy(ragged.mask_of(counts))
-    flat = torch.tensor([rank for ranked in rankings for rank in ranked.ranks])
-    ranks = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, flat)
-    return ranks.to(place), mask.to(place)
-
-
-def accuracies(
-    scores: Float[Tensor, "N K"], ranks: Int[Tensor, "N K"], mask: Bool[Tensor, "N K"]
-) -> Float[Tensor, " N"]:
-    """Share of each ranking's pairs whose better response has the higher score; equal scores are half right."""
-    chosen = pairs(ranks, mask)
-    lead = (scores[:, :, None] - scores[:, None, :]).sign()
-    return torch.where(chosen, (lead + 1) / 2, 0).sum(dim=(1, 2)) / chosen.sum(dim=(1, 2)).clamp(min=1)
-
-
-def tokenized(rankings: Artifact, chat: Chat) -> Iterator[Ranked]:
-    """Every ranking as tokens. A response ends with the end token, here as when it is scored."""
-    columns = ["ranking_id", "prompt_id", "messages", "responses", "ranks"]
-    for row in rankings.table(columns).to_pylist():
-        prompt = chat.prompt_tokens(row["messages"])
-        texts = [Text(prompt, chat.response_tokens(response)) for response in row["responses"]]
-        yield Ranked(row["ranking_id"], row["prompt_id"].partition("#")[0], texts, row["ranks"])
-
-
-def usable(rankings: Iterator[Ranked], limit: int, out: Outbox) -> list[Ranked]:
-    """Those that have a pair and no text of more than `limit` tokens; the others are counted."""
-    kept, too_long, tied = [], 0, 0
-    for ranked in rankings:
-        if max(text.length for text in ranked.texts) > limit:
-            too_long += 1
-        elif len(set(ranked.ranks)) == 1:
-            tied += 1
-        else:
-            kept.append(ranked)
-    out.stats["rejected"] = too_long + tied
-    out.metrics.add("rejected/too_long", too_long, "rankings")
-    out.metrics.add("rejected/tie", tied, "rankings")
-    out.metrics.add("rows/rejected", too_long + tied, "rankings")
-    if too_long + tied:
-        out.say(f"rankings left out: {too_long} with more than {limit} tokens, {tied} without a pair")
+def usable(rankings: Sequence[Artifact], chat: Chat, limit: int, out: Outbox, name: str = "rankings") -> list[Element]:
+    """What has a pair and no text of more than `limit` tokens, by prompt; rankings left out are counted."""
+    rows = [row for artifact in rankings for row in artifact.table().to_pylist()]
+    found, kept = elements(rows, chat), []
+    left_out = {"repeated": len(rows) - sum(len(element.rankings) for element in found), "too_long": 0, "tie": 0}
+    for element in found:
+        fits = [len(element.prompt) + len(response) <= limit for response in element.responses]
+        short = [one for one in element.rankings if all(fits[place] for place in one.places)]
+        paired = [one for one in short if len(set(one.ranks)) > 1]
+        left_out["too_long"] += len(element.rankings) - len(short)
+        left_out["tie"] += len(short) - len(paired)
+        if paired:
+            kept.append(element.only(paired))
+    for reason, count in left_out.items():
+        out.metrics.add(f"rejected/{name}_{reason}", count, "rankings")
+    out.stats["rejected"] = out.stats.get("rejected", 0) + sum(left_out.values())
+    told = "{repeated} came before, {too_long} have more than {limit} tokens, {tie} have no pair"
+    told = told.format(limit=limit, **left_out)
+    if any(left_out.values()):
+        out.say(f"{name} left out: {told}")
     if not kept:
         raise ContractError(
-            f"no ranking to learn from: {too_long} have more than {limit} tokens, {tied} have no pair",
-            do="raise scale.prompt_tokens or scale.response_tokens; or rank responses that differ",
-        )
+            f"none of the {name} can be used: {told}", ", ".join(str(artifact.path) for artifact in rankings),
+            "raise scale.prompt_tokens or scale.response_tokens; or rank responses that differ",
+        )  # fmt: skip
     return kept
 
 
-def scored(model: nn.Module, texts: Sequence[Text], budget: int) -> Float[np.ndarray, " B"]:
-    """What the reward model says of texts, `budget` padded tokens of them at a time."""
-    scores = np.zeros(len(texts))
-    lengths = np.array([text.length for text in texts], dtype=np.int64)
-    with torch.no_grad():
-        for rows in batches.micro_batches(np.arange(len(texts)), lengths, budget):
-            scores[rows] = _scores(model, [texts[row] for row in rows]).double().cpu().numpy()
-    return scores
-
-
-def _scores(model: nn.Module, texts: Sequence[Text]) -> Float[Tensor, " B"]:
-    return response_scores(model, [text.prompt for text in texts], [text.response for text in texts])
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the trained model says of some rankings."""
-
-    loss: float
-    """Mean over rankings."""
-    accuracy: float
-    """Share of all pairs whose better response has the higher score."""
-    scores: Float[np.ndarray, " B"]
-    """Of the responses of all rankings, one after the other."""
-
-    @classmethod
-    def of(cls, model: nn.Module, rankings: Sequence[Ranked], budget: int) -> Self:
-        """Read every response once."""
-        flat = scored(model, [text for ranked in rankings for text in ranked.texts], budget)
-        ranks, mask = compared(rankings)
-        scores = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, torch.from_numpy(flat))
-        counts = pairs(ranks, mask).sum(dim=(1, 2))
-        right = (accuracies(scores, ranks, mask) * counts).sum() / counts.sum()
-        return cls(float(ranking(scores, ranks, mask).mean()), float(right), flat)
-
-
-def shown(demonstrations: Artifact, chat: Chat, limit: int, out: Outbox) -> list[Text]:
+def shown(demonstrations: Artifact, chat: Chat, limit: int, out: Outbox) -> list[Element]:
     """The last turn of each demonstration as a response, where it has at most `limit` tokens; others are counted."""
     conversations = demonstrations.table(["messages"])["messages"].to_pylist()
-    texts = [Text(chat.prompt_tokens(m[:-1]), chat.response_tokens(m[-1]["content"])) for m in conversations]
-    kept = [text for text in texts if text.length <= limit]
+    texts = [
+        Element(str(row), chat.prompt_tokens(m[:-1]), [chat.response_tokens(m[-1]["content"])])
+        for row, m in enumerate(conversations)
+    ]
+    kept = [text for text in texts if text.tokens <= limit]
     out.metrics.add("rejected/demonstrations", len(texts) - len(kept), "rows")
     if not kept:
         raise ContractError(
@@ -238,7 +136,7 @@ def shown(demonstrations: Artifact, chat: Chat, limit: int, out: Outbox) -> list
     return kept
 
 
-def shift(model: Any, demonstrated: Sequence[Text], budget: int, out: Outbox) -> None:
+def shift(model: Any, demonstrated: Sequence[Element], budget: int, out: Outbox) -> None:
     """Give the model the bias with which the demonstrations' mean score is 0 (arXiv:2203.02155, section 3.5)."""
     if demonstrated:
         model.config.reward_bias = 0.0
@@ -246,6 +144,16 @@ def shift(model: Any, demonstrated: Sequence[Text], budget: int, out: Outbox) ->
     else:
         out.say(f"no demonstrations: the bias stays {checkpoint.reward_bias(model):g}")
     out.metrics.add("reward/bias", checkpoint.reward_bias(model), "reward")
+
+
+def refuse_leak(trained: Sequence[Element], test: Sequence[Element], where: Artifact) -> None:
+    """Raise `ContractError` for prompts that are both trained on and in the test: its accuracy would mean nothing."""
+    known = {element.prompt_id for element in trained}
+    if shared := [element.prompt_id for element in test if element.prompt_id in known]:
+        raise ContractError(
+            f"{len(shared)} prompts of the held-out rankings are also trained on; first: {', '.join(shared[:5])}",
+            str(where.path), "take them out of one of the two",
+        )  # fmt: skip
 
 
 def _model(inputs: Inputs, settings: Settings) -> tuple[Any, Chat, int]:
@@ -267,47 +175,85 @@ def _model(inputs: Inputs, settings: Settings) -> tuple[Any, Chat, int]:
     return model.to(device()), Chat(place), facts.max_position
 
 
-@stage(writes=REWARD_MODEL, version=1, hardware="gpu")
+@stage(writes=REWARD_MODEL, version=2, hardware="gpu")
 def reward(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Learn to score responses from rankings; then let demonstrations score 0 on average."""
     model, chat, positions = _model(inputs, settings)
     limit = min(settings.tokens, positions)
     demonstrated = shown(inputs.demonstrations, chat, limit, out) if inputs.demonstrations is not None else []
-    rankings = usable(tokenized(inputs.rankings, chat), limit, out)
-    kept_back = batches.held_out([ranked.prompt_id for ranked in rankings], settings.held_out_share, settings.seed)
-    trained, held_out = list(compress(rankings, ~kept_back)), list(compress(rankings, kept_back))
-    objective = Preference(trained)
+    found = usable(inputs.rankings, chat, limit, out)
+    test: list[Element] = []
+    if inputs.held_out is not None:
+        test = usable([inputs.held_out], chat, limit, out, "held_out_rankings")
+        refuse_leak(found, test, inputs.held_out)
+    out.metrics.add("rows/rejected", out.stats["rejected"], "rankings")
+    kept_back = batches.held_out([element.prompt_id for element in found], settings.held_out_share, settings.seed)
+    trained, held_out = list(compress(found, ~kept_back)), list(compress(found, kept_back))
+    _train(model, trained, held_out, settings, out)
+    shift(model, demonstrated, settings.micro_batch_tokens, out)
+    _measure(model, {"train": trained, "held_out": held_out, "test": test}, settings, out)
+    checkpoint.save(model, chat.tokenizer, out.path)
+
+
+def _train(
+    model: nn.Module, trained: Sequence[Element], held_out: Sequence[Element], settings: Settings, out: Outbox
+) -> None:
+    best = _best(model, held_out, settings, out) if settings.check_every else None
     steps_per_epoch = max(1, round(len(trained) / settings.batch))
     steps = batches.dealt(len(trained), settings.epochs, steps_per_epoch, derive(settings.seed, "reward"))
     plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip)
     schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
-    out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics)
-    shift(model, demonstrated, settings.micro_batch_tokens, out)
-    _measure(model, trained, held_out, settings, out)
-    checkpoint.save(model, chat.tokenizer, out.path)
+    objective = Preference(trained, settings.margin)
+    started = time.monotonic()
+    taken = fit(model, objective, optimizer, schedule, plan, out.metrics, best and best.after_step)
+    seconds = time.monotonic() - started
+    read = Compared.of(trained).counts[np.concatenate(steps[:taken])].sum()
+    out.metrics.add("speed/pairs_per_second", read / max(seconds, 1e-9), "pairs/s")
+    out.stats["steps"] = taken
+    if best is not None:
+        best.restore(taken)
+        out.stats["steps_kept"] = best.step
+        out.metrics.add("steps/kept", best.step, "steps")
+        out.say(f"kept the weights of step {best.step} of {taken}: held-out accuracy {best.accuracy:.3f}")
 
 
-def _measure(
-    model: nn.Module, trained: Sequence[Ranked], held_out: Sequence[Ranked], settings: Settings, out: Outbox
-) -> None:
-    """Loss and accuracy of the finished model, and whether it prefers the longer response."""
-    scores, lengths = [], []
-    for name, rankings in (("train", trained), ("held_out", held_out)):
-        out.metrics.add(f"rows/{name}", len(rankings), "rankings")
-        if not rankings:
-            continue
-        found = Judged.of(model, rankings, settings.micro_batch_tokens)
-        out.metrics.add(f"accuracy/{name}", found.accuracy, "fraction")
-        out.metrics.add(f"loss/{name}", found.loss, "nat")
-        out.stats[f"accuracy/{name}"] = found.accuracy
-        scores.append(found.scores)
-        lengths += [len(text.response) for ranked in rankings for text in ranked.texts]
-    every = np.concatenate(scores)
-    out.metrics.add("reward_scores/mean", float(every.mean()), "reward")
-    out.metrics.add("reward_scores/std", float(every.std()), "reward")
-    if every.std() > 0 and np.std(lengths) > 0:
-        out.metrics.add("reward_scores/length_correlation", float(np.corrcoef(every, lengths)[0, 1]))
+def _best(model: nn.Module, held_out: Sequence[Element], settings: Settings, out: Outbox) -> Best:
+    if not held_out:
+        raise ExperimentError(
+            f"reward.check_every = {settings.check_every} with no prompt held out to look at, "
+            f"at reward.held_out_share = {settings.held_out_share:g}",
+            do="set reward.held_out_share = 0.1 and give two prompts or more, or set reward.check_every = 0",
+        )
+    judge = partial(Judged.of, model, held_out, settings.micro_batch_tokens, settings.margin)
+    return Best(model, judge, settings.check_every, settings.patience, out.metrics)
+
+
+def _measure(model: nn.Module, sets: Mapping[str, Sequence[Element]], settings: Settings, out: Outbox) -> None:
+    """Loss and accuracy on each set of prompts; everything else on the last that there is: test, held out, train."""
+    for name, some in sets.items():
+        out.metrics.add(f"rows/{name}", sum(len(element.rankings) for element in some), "rankings")
+    made = {
+        name: Judged.of(model, some, settings.micro_batch_tokens, settings.margin)
+        for name, some in sets.items()
+        if some
+    }
+    for name, judged in made.items():
+        out.metrics.add(f"loss/{name}", judged.loss, "nat")
+        known = {f"accuracy/{name}": judged.accuracy, f"accuracy/{name}_error": judged.error}
+        for key, value in known.items():
+            if np.isfinite(value):  # one prompt has no standard error
+                out.metrics.add(key, value, "fraction")
+                out.stats[key] = value
+    numbers = measures(judged.comparisons, judged.scores, judged.lengths)
+    every = np.concatenate([one.scores for one in made.values()])
+    numbers |= {
+        "reward_scores/mean": (float(every.mean()), "reward"), "reward_scores/std": (float(every.std()), "reward")
+    }  # fmt: skip
+    for key, (value, unit) in numbers.items():
+        out.metrics.add(key, value, unit)
+    out.stats |= {key: numbers[key][0] for key in ("calibration/error", "reward_scores/length_correlation")}
+    pq.write_table(pa.table(judged.comparisons.columns()), out.path / PAIRS)
 
 
 if __name__ == "__main__":

@@ -271,3 +271,15 @@ def walked(recipes_folder):
         return done[name]
 
     return run_of
+
+
+@pytest.fixture(scope="session")
+def every_recipe() -> str:
+    """An experiment in which every recipe runs within seconds."""
+    return ALL_RECIPES
+
+
+@pytest.fixture(scope="session")
+def here_and_now():
+    """Performs stages in this process, without Prefect."""
+    return direct

@@ -14,8 +14,10 @@ from pipeline.contracts import (
     DEMONSTRATIONS,
     LABELS,
     METRICS,
+    PERPLEXITIES,
     POLICY,
     PROMPTS,
+    QUESTIONS,
     RANKINGS,
     ROLLOUTS,
     SCORES,
@@ -38,9 +40,16 @@ GOOD = {
     "rankings": [
         {
             "ranking_id": "x", "prompt_id": "p", "messages": [USER], "responses": ["a", "b", "c"], "ranks": [0, 1, 1],
-            "annotator": None, "source": None,
+            "ratings": [4.0, 2.5, 2.5], "annotator": None, "source": None,
         }
     ],
+    "questions": [
+        {
+            "question_id": "x", "prompt_id": "p", "messages": [USER], "responses": ["a", "b"],
+            "response_ids": ["p/0", "p/3"], "annotators": [], "source": "s",
+        }
+    ],
+    "perplexities": [{"document_id": "d", "tokens": 3, "nll": 4.5}],
     "rollouts": [
         {
             **key, **TOKENS, "response": "2", "sampler_logprobs": None if i == 0 else [-0.5, 0.0], "finish": "stop",
@@ -309,6 +318,23 @@ def test_a_demonstration_ends_with_the_assistant(turns):
 def test_a_ranking_has_two_responses_and_a_rank_for_each(responses, ranks):
     what = refusal(RANKINGS, changed(RANKINGS, 0, responses=responses, ranks=ranks))
     assert "rankings.r" in what
+
+
+def test_ratings_are_finite_one_for_each_response_or_unknown():
+    assert "rankings.ratings: length differs" in refusal(RANKINGS, changed(RANKINGS, 0, ratings=[1.0]))
+    assert "rankings.ratings: not finite" in refusal(RANKINGS, changed(RANKINGS, 0, ratings=[1.0, 2.0, float("nan")]))
+    RANKINGS.check(changed(RANKINGS, 0, ratings=None))
+    RANKINGS.check(table(RANKINGS).drop_columns(["ratings"]))
+
+
+@pytest.mark.parametrize("change", [{"responses": ["a"], "response_ids": ["p/0"]}, {"response_ids": ["p/0"]}])
+def test_a_question_has_two_responses_and_a_name_for_each(change):
+    assert "questions.response" in refusal(QUESTIONS, changed(QUESTIONS, 0, **change))
+
+
+@pytest.mark.parametrize("change", [{"tokens": 0}, {"nll": -0.1}, {"nll": float("inf")}])
+def test_a_perplexity_is_of_some_tokens_and_possible(change):
+    assert f"perplexities.{next(iter(change))}" in refusal(PERPLEXITIES, changed(PERPLEXITIES, 0, **change))
 
 
 def test_conforming_converts_what_fits_and_refuses_what_does_not():
