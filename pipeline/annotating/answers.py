@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.annotating.sheets import Question
 from pipeline.errors import InputError
 
 FORMATS = (".csv", ".json", ".jsonl", ".ndjson")
@@ -28,10 +29,6 @@ ANYBODY = "anybody"
 
 _WHOLE = re.compile(r"0*([0-9]{1,2})(\.0*)?")
 _NO_LETTER = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-Question = Mapping[str, Any]
-"""A row of the questions contract."""
-
 
 class RawRow(Protocol):
     """A row as it is in a file, and where it stands."""

@@ -15,8 +15,9 @@ def test_the_import_contracts_hold():
     assert "0 broken" in done.stdout
 
 
-def test_label_advantage_and_ingest_start_without_torch():
+def test_stages_that_need_no_model_start_without_torch():
     """The contract reads import statements; this executes them."""
     heavy = "{'torch', 'transformers', 'vllm', 'prefect'}"
-    done = run(f"import sys, stages.label, stages.advantage, stages.ingest; print({heavy} & set(sys.modules))")
+    names = ", ".join(f"stages.{name}" for name in ("label", "ask", "rank", "advantage", "ingest"))
+    done = run(f"import sys, {names}; print({heavy} & set(sys.modules))")
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

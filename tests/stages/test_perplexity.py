@@ -43,10 +43,9 @@ def test_it_is_the_cross_entropy_of_transformers(documents, policy, tmp_path, so
 
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
 def test_micro_batches_change_nothing(documents, policy, tmp_path, budget):
-    whole, cut = (
-        perplexity.run(tmp_path / f"{tokens}", settings(micro_batch_tokens=tokens), documents=documents.path, policy=policy.path)
-        for tokens in (16384, budget)
-    )  # fmt: skip
+    read = {"documents": documents.path, "policy": policy.path}
+    whole = perplexity.run(tmp_path / "whole", settings(), **read)
+    cut = perplexity.run(tmp_path / "cut", settings(micro_batch_tokens=budget), **read)
     assert [row["document_id"] for row in cut.table().to_pylist()] == ["0", "1", "2"]
     for name, row in rows_of(cut).items():
         assert row["nll"] == pytest.approx(rows_of(whole)[name]["nll"], rel=1e-5)
@@ -88,7 +87,7 @@ def test_a_broken_policy_and_another_kind_of_directory_are_refused(documents, po
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     checkpoint.save(broken, Chat(policy.path).tokenizer, tmp_path / "broken")
-    with pytest.raises((NumericsError, ArtifactError), match="finite|nan"):
+    with pytest.raises((NumericsError, ArtifactError), match=r"finite|nan"):
         perplexity.run(tmp_path / "out", settings(), documents=documents.path, policy=tmp_path / "broken")
     with pytest.raises(ArtifactError):
         perplexity.run(tmp_path / "out", settings(), documents=documents.path, policy=documents.path)
