@@ -2,9 +2,10 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,17 +17,20 @@ from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, POLICY, PROMPTS, RANKI
 from pipeline.errors import ExperimentError, InputError
 from pipeline.experiment import Experiment
 from pipeline.grading import open_grader
-from pipeline.sources import arithmetic, files
+from pipeline.sources import arithmetic, files, preferences
 from pipeline.sources.files import RawRow
 from pipeline.sources.rows import (
+    Noted,
+    Origin,
     Row,
     UnfitRowError,
     as_demonstration,
     as_document,
     as_prompt,
-    as_ranking,
+    few,
     identity,
     question_of,
+    refuse_broken_text,
     short_hash,
 )
 from pipeline.stage import FILES, StageSettings, stage
@@ -55,7 +59,12 @@ class Settings(StageSettings):
     """Our column name -> the name in the file, where the usual aliases do not fit."""
     name: str | None = None
     """Value of the `source` column where the file has none; the file's name when absent."""
-    part: Literal["demonstrations", "prompts", "held_out", "documents", "rankings"] | None = None
+    part: (
+        Literal[
+            "demonstrations", "prompts", "held_out", "documents", "held_out_documents", "rankings", "held_out_rankings"
+        ]
+        | None
+    ) = None  # fmt: skip
     """Which dataset of an experiment this is."""
 
     @classmethod
@@ -65,7 +74,7 @@ class Settings(StageSettings):
         wanted = getattr(experiment.data, part, None) if part else None
         if wanted is None:
             raise ExperimentError(f"which dataset of the experiment? part={part!r}", do="--set part=prompts")
-        kind = "prompts" if part == "held_out" else part
+        kind = "prompts" if part == "held_out" else str(part).removeprefix("held_out_")
         world = {"seed": experiment.seed, **experiment.data.world}
         return {
             "kind": kind, "part": part, "source": wanted.source, "world": world, "split": wanted.split,
@@ -149,18 +158,22 @@ COLUMNS = {
     "prompts": ("messages", "prompt", "answer", "source"),
     "demonstrations": ("messages", "prompt", "response", "answer", "source"),
     "documents": ("text", "source"),
-    "rankings": ("messages", "prompt", "chosen", "rejected", "response", "ranks", "annotator", "source"),
+    "rankings": (
+        "messages", "prompt", *dict.fromkeys(name for shape in preferences.SHAPES for name in shape.needs),
+        "score_chosen", "score_rejected", "margin", "annotator", "source",
+    ),
     "rollouts": (
         "messages", "prompt", "response", "finish", "prompt_tokens", "response_tokens", "sampler_logprobs", "source",
     ),
 }  # fmt: skip
-NEEDS_ONE_OF = {
-    "prompts": ("messages", "prompt"),
-    "demonstrations": ("messages", "prompt"),
-    "documents": ("text",),
-    "rankings": ("chosen", "ranks"),
-    "rollouts": ("response",),
+NEEDS: dict[str, Sequence[tuple[str, ...]]] = {
+    "prompts": [("messages",), ("prompt",)],
+    "demonstrations": [("messages",), ("prompt",)],
+    "documents": [("text",)],
+    "rankings": [shape.needs for shape in preferences.SHAPES],
+    "rollouts": [("response",)],
 }
+"""The columns of one of these must be there."""
 UNIQUE = {"prompts": "prompt_id", "documents": "document_id", "rankings": "ranking_id"}
 """Contracts in which a row may stand once only."""
 
@@ -171,74 +184,97 @@ def refuse_misfit(first: RawRow, settings: Settings) -> None:
     if unknown := [name for name in settings.columns if name not in wanted]:
         raise InputError(f"{settings.kind} have no column {unknown[0]!r}", do=f"columns: {', '.join(wanted)}")
     found = files.find_columns(first.values, wanted, settings.columns)
-    needed = NEEDS_ONE_OF[settings.kind]
-    if not any(name in found for name in needed):
-        names = [alias for name in needed for alias in files.ALIASES[name]]
+    if not any(all(name in found for name in needs) for needs in NEEDS[settings.kind]):
+        accepted = " or ".join(" + ".join(needs) for needs in NEEDS[settings.kind])
         raise InputError(
-            f"no column for {' or '.join(needed)}; found {', '.join(first.values) or 'none'}",
-            first.where,
-            f"name it with --set columns.{needed[0]}=YOURS; known names: {', '.join(names)}",
+            f"no column for {accepted}; found {', '.join(first.values) or 'none'}", first.where, how_to_name(settings)
         )
 
 
-def renamed(raw: RawRow, settings: Settings) -> Row:
-    """The row under our names, with its source filled in. Each row is looked at: a second file may use other names."""
+def how_to_name(settings: Settings) -> str:
+    """How to say which column is which, and what they may be called without saying so."""
+    needed = dict.fromkeys(name for needs in NEEDS[settings.kind] for name in needs)
+    if settings.kind == "rankings":
+        needed |= dict.fromkeys(("prompt", "messages"))
+    names = "; ".join(f"{name}: {', '.join(files.ALIASES[name])}" for name in needed)
+    return f"name it with --set columns.{next(iter(needed))}=YOURS; known names: {names}"
+
+
+def renamed(raw: RawRow, settings: Settings) -> tuple[Row, dict[str, str]]:
+    """The row under our names, with its source filled in, and our name -> theirs. A second file may use other names."""
     names = {**files.find_columns(raw.values, COLUMNS[settings.kind], {}), **settings.columns}
     row = {ours: files.value(raw.values, theirs) for ours, theirs in names.items()}
-    _refuse_broken_text(row)
+    refuse_broken_text(row)
     row["source"] = str(row.get("source") or settings.name or Path(raw.where.partition(":")[0].partition("[")[0]).stem)
-    return row
+    return row, names
 
 
-def _refuse_broken_text(row: Row) -> None:
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UnfitRowError("text with half a surrogate pair, which is not Unicode") from error
+@dataclass
+class Sorted:
+    """What became of the rows of the files: those that fit, and those that do not with the reason of each."""
+
+    rows: list[Row] = field(default_factory=list)
+    misfits: list[tuple[RawRow, UnfitRowError]] = field(default_factory=list)
+    origins: dict[tuple[tuple[str, str], ...], Origin] = field(default_factory=dict)
+    """One for every distinct mapping of our names to theirs."""
+    winners: set[str] = field(default_factory=set)
+    """Numbers that tell who won."""
 
 
-def adapted(rows: Iterator[RawRow], settings: Settings, chat: Chat | None) -> Iterator[tuple[RawRow, list[Row] | str]]:
-    """Each raw row with what it became, or with the reason why it does not fit."""
+def adapted(rows: Iterator[RawRow], settings: Settings, chat: Chat | None) -> Sorted:
+    """All rows as the contract has them, or the reason why they do not fit."""
     first = next(rows, None)
     if first is None:
         raise InputError("the files hold no rows", do="check the files")
     refuse_misfit(first, settings)
-    seen: set[str] = set()
-    for raw in _chain(first, rows):
+    found, seen = Sorted(), set[str]()
+    for raw in chain([first], rows):
         try:
-            made = _adapt(renamed(raw, settings), settings, chat)
+            row, names = renamed(raw, settings)
+            found.winners.add(preferences.winner_number(row, names))
+            made, origin = _adapt(row, names, settings, chat)
             if (key := UNIQUE.get(settings.kind)) is not None:
                 _refuse_repeated(made[0], key, seen)
         except UnfitRowError as reason:
-            yield raw, str(reason)
+            found.misfits.append((raw, reason))
         else:
-            yield raw, made
-
-
-def _chain(first: RawRow, rest: Iterator[RawRow]) -> Iterator[RawRow]:
-    yield first
-    yield from rest
+            found.rows += made
+            found.origins.setdefault(tuple(names.items()), Origin()).add(raw.values, names, origin)
+    return found
 
 
 def _refuse_repeated(row: Row, key: str, seen: set[str]) -> None:
     if row[key] in seen:
-        raise UnfitRowError(f"a repetition of {key} {row[key]}")
+        raise UnfitRowError(f"a repetition of {key}", row[key])
     seen.add(row[key])
 
 
-def _adapt(row: Row, settings: Settings, chat: Chat | None) -> list[Row]:
-    if settings.kind == "prompts":
-        return [as_prompt(row, settings.grader)]
+def _adapt(
+    row: Row, names: Mapping[str, str], settings: Settings, chat: Chat | None
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows made of one, and of which columns."""
+    if settings.kind == "rankings":
+        ranking, origin = preferences.as_ranking(row, names)
+        return [ranking], origin
+    noted = Noted(row)
     if settings.kind == "rollouts":
-        if chat is None:
-            raise InputError(
-                "responses from elsewhere need a tokenizer", do="name the checkpoint they are for: --tokenizer PATH"
-            )
-        try:
-            return as_rollouts(row, chat)
-        except InputError as error:  # the chat template refuses the conversation
-            raise UnfitRowError(error.what) from error
-    return [{"demonstrations": as_demonstration, "documents": as_document, "rankings": as_ranking}[settings.kind](row)]
+        made = _adopted(noted, chat)
+    elif settings.kind == "prompts":
+        made = [as_prompt(noted, settings.grader)]
+    else:
+        made = [{"demonstrations": as_demonstration, "documents": as_document}[settings.kind](noted)]
+    return made, {name: f"{{{name}}}" for name in noted.used if name in names}
+
+
+def _adopted(row: Mapping[str, Any], chat: Chat | None) -> list[Row]:
+    if chat is None:
+        raise InputError(
+            "responses from elsewhere need a tokenizer", do="name the checkpoint they are for: --tokenizer PATH"
+        )
+    try:
+        return as_rollouts(row, chat)
+    except InputError as error:  # the chat template refuses the conversation
+        raise UnfitRowError(error.what) from error
 
 
 def built_in(settings: Settings) -> list[Row]:
@@ -246,18 +282,24 @@ def built_in(settings: Settings) -> list[Row]:
     if settings.count is None:
         raise ExperimentError("a built-in world needs to know how many rows to make", do="--set count=1000")
     if settings.kind == "prompts":
-        split = next((known for known in get_args(arithmetic.Split) if known == settings.split), None)
-        if split is None:
-            raise ExperimentError(f"the built-in world has no split {settings.split!r}", do="train or held_out")
-        rows = arithmetic.prompts(settings.world, split, settings.count)
+        rows = arithmetic.prompts(settings.world, _split(settings), settings.count)
         return [{"prompt_id": identity(row["messages"]), **row} for row in rows]
     if settings.kind == "demonstrations":
         rows = arithmetic.demonstrations(settings.world, settings.count)
         return [{"prompt_id": identity(row["messages"][:-1]), **row} for row in rows]
     if settings.kind == "documents":
-        rows = arithmetic.documents(settings.world, settings.count)
+        rows = arithmetic.documents(settings.world, _split(settings), settings.count)
         return [{"document_id": short_hash(row["text"]), **row} for row in rows]
     raise ExperimentError(f"the built-in world has no {settings.kind}", do="prompts, demonstrations or documents")
+
+
+def _split(settings: Settings) -> arithmetic.Split:
+    split: arithmetic.Split | None = next(
+        (known for known in get_args(arithmetic.Split) if known == settings.split), None
+    )
+    if split is None:
+        raise ExperimentError(f"the built-in world has no split {settings.split!r}", do="train or held_out")
+    return split
 
 
 def grouped(rows: Sequence[Row]) -> list[Row]:
@@ -286,31 +328,32 @@ def _from_files(inputs: Inputs, settings: Settings, out: Outbox) -> list[Row]:
     if not inputs.files:
         raise InputError("no files to read", do="name them: --files PATH ...; or --set source=arithmetic")
     chat = Chat(inputs.tokenizer.path) if inputs.tokenizer is not None else None
-    raw = files.read(inputs.files, settings.split)
-    rows: list[Row] = []
-    misfits: list[tuple[RawRow, str]] = []
-    for source, made in adapted(islice(raw, settings.count), settings, chat):
-        if isinstance(made, str):
-            misfits.append((source, made))
-        else:
-            rows += made
-    _say(misfits, len(rows), out)
-    if not rows:
-        raise InputError(f"none of {len(misfits)} rows fits; the first: {misfits[0][1]}", misfits[0][0].where)
-    return rows
+    found = adapted(islice(files.read(inputs.files, settings.split), settings.count), settings, chat)
+    preferences.refuse_unclear_winners(found.winners)
+    _say(found, out)
+    if not found.rows:
+        raw, reason = found.misfits[0]
+        raise InputError(
+            f"none of {len(found.misfits)} rows fits; the first: {reason}", raw.where, how_to_name(settings)
+        )
+    return preferences.without_empty_ratings(found.rows) if settings.kind == "rankings" else found.rows
 
 
-def _say(misfits: list[tuple[RawRow, str]], kept: int, out: Outbox) -> None:
-    out.stats["rejected"] = len(misfits)
-    out.metrics.add("rows/rejected", len(misfits), "rows")
-    if not misfits:
+def _say(found: Sorted, out: Outbox) -> None:
+    out.stats["rejected"] = len(found.misfits)
+    out.metrics.add("rows/rejected", len(found.misfits), "rows")
+    for line in few([str(origin) for origin in found.origins.values()], 10, "\n").splitlines():
+        out.say(line)
+    if not found.misfits:
         return
     with (out.path / REJECTED).open("w", encoding="utf-8") as stream:
-        for source, reason in misfits:
-            stream.write(
-                json.dumps({"where": source.where, "reason": reason, "row": source.values}, default=str) + "\n"
-            )
-    out.say(f"{kept} rows kept, {len(misfits)} do not fit and lie in {REJECTED}; the first: {misfits[0][1]}")
+        for raw, reason in found.misfits:
+            aside = {"where": raw.where, "reason": str(reason), "row": raw.values}
+            stream.write(json.dumps(aside, default=str) + "\n")
+    out.say(f"{len(found.rows)} rows kept, {len(found.misfits)} do not fit and lie in {REJECTED}:")
+    reasons = Counter(reason.why for _, reason in found.misfits).most_common()
+    for line in few([f"{times} x {why}" for why, times in reasons], 20, "\n").splitlines():
+        out.say(f"  {line}")
 
 
 def parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

@@ -206,7 +206,7 @@ def _train(
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     objective = Preference(trained, settings.margin)
     started = time.monotonic()
-    taken = fit(model, objective, optimizer, schedule, plan, out.metrics, best and best.after_step)
+    taken = fit(model, objective, optimizer, schedule, plan, out.metrics, None if best is None else best.after_step)
     seconds = time.monotonic() - started
     read = Compared.of(trained).counts[np.concatenate(steps[:taken])].sum()
     out.metrics.add("speed/pairs_per_second", read / max(seconds, 1e-9), "pairs/s")
@@ -245,6 +245,7 @@ def _measure(model: nn.Module, sets: Mapping[str, Sequence[Element]], settings: 
             if np.isfinite(value):  # one prompt has no standard error
                 out.metrics.add(key, value, "fraction")
                 out.stats[key] = value
+    *_, judged = made.values()
     numbers = measures(judged.comparisons, judged.scores, judged.lengths)
     every = np.concatenate([one.scores for one in made.values()])
     numbers |= {

@@ -2,14 +2,18 @@
 
     prompt      7+8+3=
     response    7+8=15,15+3=18;18
+    document    18=7+8+3;12=5+7;20=9+2+9
 
 What follows the last ";" is the answer, so the grader `exact` can judge every response. A policy that imitates
 demonstrations of which a share is wrong samples wrong sums about as often, although the right result of a step is
 its most probable one: there is something for reinforcement to learn within minutes, on a processor.
 
-The split is by a hash of the prompt's text: no held-out prompt is ever a training prompt, a demonstration or a
-document, whatever the seed. Demonstrations, documents and training prompts are drawn independently of each other
-from the training part, so a training prompt may have been demonstrated.
+Documents are the pretraining text: the same characters, and another ability, which a policy that is reinforced for
+sums forgets unless it goes on reading.
+
+The splits are by a hash of the text: no held-out prompt is ever a training prompt or a demonstration, and no held-out
+document a training document, whatever the seed. Demonstrations and training prompts are drawn independently of each
+other from the training part, so a training prompt may have been demonstrated.
 """
 
 import hashlib
@@ -25,6 +29,10 @@ from pipeline.seeds import derive
 from pipeline.settings import Settings
 
 Split = Literal["train", "held_out"]
+
+SUMS_OF_A_DOCUMENT = 3
+TRIES = 100
+"""Draws per document that is asked for, before the world is called too small."""
 
 
 def _is_range(terms: tuple[int, int]) -> tuple[int, int]:
@@ -80,15 +88,29 @@ def demonstrations(world: World, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def documents(world: World, count: int) -> list[dict[str, Any]]:
-    """Return `count` different sums, all written out correctly, as rows: text, source.
+def documents(world: World, split: Split, count: int) -> list[dict[str, Any]]:
+    """Return `count` different documents of a split as rows: text, source.
 
-    They are training prompts with their response. Raises `ExperimentError` like `prompts`.
+    A document is three sums, each told from the result on. Raises `ExperimentError` where the world has too few.
     """
-    return [
-        {"text": _prompt(chain) + _written_out(chain, _running_sums(chain)), "source": "arithmetic/documents"}
-        for chain in _chains(world, "train", "documents", count)
-    ]
+    rng = _stream(world, split, "documents")
+    texts: dict[str, None] = {}
+    for _ in range(TRIES * count):
+        text = ";".join(_told(_drawn(world, rng)) for _ in range(SUMS_OF_A_DOCUMENT))
+        if _is_held_out(world, text) == (split == "held_out"):
+            texts[text] = None
+        if len(texts) == count:
+            return [{"text": text, "source": f"arithmetic/documents/{split}"} for text in texts]
+    raise _too_small(world, f"{split} documents", found=len(texts), count=count)
+
+
+def _drawn(world: World, rng: Random) -> tuple[int, ...]:
+    fewest, most = world.terms
+    return tuple(rng.randint(1, world.largest) for _ in range(rng.randint(fewest, most)))
+
+
+def _told(chain: tuple[int, ...]) -> str:
+    return f"{sum(chain)}={'+'.join(map(str, chain))}"
 
 
 def _chains(world: World, split: Split, purpose: str, count: int) -> list[tuple[int, ...]]:
@@ -96,19 +118,19 @@ def _chains(world: World, split: Split, purpose: str, count: int) -> list[tuple[
     fewest, most = world.terms
     unseen = {terms: world.largest**terms for terms in range(fewest, most + 1)}
     if sum(unseen.values()) < count:
-        raise _too_small(world, split, found=sum(unseen.values()), count=count)
+        raise _too_small(world, f"{split} prompts", found=sum(unseen.values()), count=count)
     rng = _stream(world, split, purpose)
     seen: set[tuple[int, ...]] = set()
     chains: list[tuple[int, ...]] = []
     while len(chains) < count:
         possible = [terms for terms, left in unseen.items() if left > 0]
         if not possible:
-            raise _too_small(world, split, found=len(chains), count=count)
+            raise _too_small(world, f"{split} prompts", found=len(chains), count=count)
         chain = tuple(rng.randint(1, world.largest) for _ in range(rng.choice(possible)))
         if chain not in seen:
             seen.add(chain)
             unseen[len(chain)] -= 1
-            if _is_held_out(world, chain) == (split == "held_out"):
+            if _is_held_out(world, _prompt(chain)) == (split == "held_out"):
                 chains.append(chain)
     return chains
 
@@ -117,16 +139,16 @@ def _stream(world: World, *purpose: str) -> Random:
     return Random(derive(world.seed, "arithmetic", *purpose))  # noqa: S311  it has to repeat; nothing is secret
 
 
-def _too_small(world: World, split: Split, *, found: int, count: int) -> ExperimentError:
+def _too_small(world: World, what: str, *, found: int, count: int) -> ExperimentError:
     return ExperimentError(
-        f"asked for {count} different {split} prompts of a world that has at most {found}",
+        f"asked for {count} different {what} of a world that has at most {found}",
         where=f"terms = {list(world.terms)}, largest = {world.largest}",
         do="ask for fewer, or raise `largest` or `terms`",
     )
 
 
-def _is_held_out(world: World, chain: tuple[int, ...]) -> bool:
-    digest = hashlib.sha256(_prompt(chain).encode()).digest()
+def _is_held_out(world: World, text: str) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < world.held_out_share * 2**64
 
 

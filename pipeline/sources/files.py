@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,21 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "content", "document"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "score_chosen": ("score_chosen", "chosen_score", "rating_chosen", "chosen_rating"),
+    "score_rejected": ("score_rejected", "rejected_score", "rating_rejected", "rejected_rating"),
+    "margin": ("margin",),
+    "response_a": (
+        "response_a", "answer_a", "completion_a", "output_a", "response_0", "answer_0", "completion_0", "output_0",
+        "conversation_a",
+    ),
+    "response_b": (
+        "response_b", "answer_b", "completion_b", "output_b", "response_1", "answer_1", "completion_1", "output_1",
+        "conversation_b",
+    ),
+    "winner": ("winner", "preferred", "preference", "better_response_id", "choice"),
     "ranks": ("ranks", "ranking"),
-    "annotator": ("annotator", "annotator_id", "labeler"),
+    "ratings": ("ratings", "scores"),
+    "annotator": ("annotator", "annotator_id", "worker", "worker_id", "labeler", "user_id"),
     "source": ("source", "data_source", "dataset"),
     "finish": ("finish", "finish_reason"),
     "prompt_tokens": ("prompt_tokens", "prompt_ids", "prompt_token_ids"),
@@ -73,9 +88,15 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _decoded(line: bytes, where: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = Counter(key for key, _ in pairs)
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise InputError(f"the key {twice[0]!r} stands {keys[twice[0]]} times in one object", where, "keep one")
+        return dict(pairs)
+
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise InputError(f"not JSON: {error}", where, "correct or remove this line") from error
 
 
@@ -103,8 +124,20 @@ def _csv(path: Path) -> Iterator[RawRow]:
                 if None in row or None in row.values():
                     raise InputError(f"expected {len(reader.fieldnames or [])} fields", where, "correct this line")
                 yield RawRow(row, where)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise InputError(f"not CSV: {error}", f"{path}:{reader.line_num + 1}", "correct this line") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"not CSV: {error}", f"{path}:{_broken_line(path)}", "save it as UTF-8") from error
+
+
+def _broken_line(path: Path) -> int:
+    """The line of the first byte that is not UTF-8: the reader is a block ahead of the rows it gives."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        content = content[: error.start]
+    return 1 + len(re.findall(rb"\r\n|\r|\n", content))
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:

@@ -2,14 +2,78 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 
 Row = dict[str, Any]
 
 
 class UnfitRowError(Exception):
-    """A row that cannot be what is asked for; the text says why."""
+    """A row that cannot be what is asked for: `why`, the same words for every such row, and what was `found` in it."""
+
+    def __init__(self, why: str, found: str = "") -> None:
+        super().__init__(why, found)
+        self.why, self.found = why, found
+
+    def __str__(self) -> str:
+        return f"{self.why}: {self.found}" if self.found else self.why
+
+
+class Noted(Mapping[str, Any]):
+    """A row that remembers which of its columns were read and held something."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.used: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        if (value := self._values[name]) is not None and name not in self.used:
+            self.used.append(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass
+class Origin:
+    """What the rows with one mapping of names were made of. The dictionaries are sets that keep their order."""
+
+    made: dict[str, dict[str, None]] = field(default_factory=dict)
+    columns: dict[str, None] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def add(self, columns: Iterable[str], names: Mapping[str, str], origin: Mapping[str, str]) -> None:
+        """Count one row in: its columns, our name of each -> theirs, what was made -> text with `{our name}`."""
+        self.columns.update(dict.fromkeys(columns))
+        for ours, text in origin.items():
+            self.made.setdefault(ours, {})[text.format_map(names)] = None
+            used = (names[name] for _, name, _, _ in Formatter().parse(text) if name is not None)
+            self.used.update(part for theirs in used for part in (theirs, theirs.partition(".")[0]))
+
+    def __str__(self) -> str:
+        """`columns: messages <- prompt; responses <- chosen, rejected; not used: id`."""
+        told = [f"{ours} <- {' or '.join(texts)}" for ours, texts in self.made.items()]
+        unused = [name for name in self.columns if name not in self.used]
+        return f"columns: {'; '.join([*told, *([f'not used: {few(unused)}'] if unused else [])])}"
+
+
+def few(words: Sequence[str], most: int = 20, between: str = ", ") -> str:
+    """The words, or the first of them and how many more there are."""
+    return between.join(words[:most]) + (f"{between}and {len(words) - most} more" if len(words) > most else "")
+
+
+def refuse_broken_text(value: Any) -> None:
+    """Raise `UnfitRowError` for text that is not Unicode, however deep inside."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnfitRowError("text with half a surrogate pair, which is not Unicode") from error
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Row]:
@@ -19,7 +83,7 @@ def messages_of(row: Mapping[str, Any]) -> list[Row]:
         turns = [{"role": "user", "content": turns}]
     if not isinstance(turns, list) or not turns:
         raise UnfitRowError("no messages and no prompt")
-    return [_turn(turn) for turn in turns]
+    return [turn(part) for part in turns]
 
 
 def question_of(row: Mapping[str, Any]) -> list[Row]:
@@ -30,10 +94,11 @@ def question_of(row: Mapping[str, Any]) -> list[Row]:
     return messages
 
 
-def _turn(turn: Any) -> Row:
-    role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+def turn(part: Any) -> Row:
+    """One turn, nothing but role and content. Raises `UnfitRowError`."""
+    role, content = (part.get("role"), part.get("content")) if isinstance(part, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
-        raise UnfitRowError(f"a turn without role and content: {str(turn)[:60]}")
+        raise UnfitRowError("a turn without role and content", str(part)[:60])
     if not content.strip():
         raise UnfitRowError(f"an empty turn of the {role}")
     return {"role": role, "content": content}
@@ -87,23 +152,3 @@ def as_document(row: Mapping[str, Any]) -> Row:
     if not isinstance(text, str) or not text.strip():
         raise UnfitRowError("no text")
     return {"document_id": short_hash(text), "text": text, "source": row["source"]}
-
-
-def as_ranking(row: Mapping[str, Any]) -> Row:
-    """A row of the rankings contract: chosen and rejected, or responses with ranks."""
-    messages = question_of(row)
-    responses, ranks = row.get("response"), row.get("ranks")
-    if row.get("chosen") is not None:
-        responses, ranks = [row["chosen"], row.get("rejected")], [0, 1]
-    if not isinstance(responses, list) or not isinstance(ranks, list) or len(responses) != len(ranks):
-        raise UnfitRowError("neither chosen and rejected, nor as many ranks as responses")
-    if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
-        raise UnfitRowError("fewer than two responses of text")
-    if not all(isinstance(rank, int) and abs(rank) < 128 for rank in ranks):
-        raise UnfitRowError(f"ranks that are not small whole numbers: {str(ranks)[:60]}")
-    annotator = None if row.get("annotator") is None else str(row["annotator"])
-    prompt_id = identity(messages)
-    return {
-        "ranking_id": short_hash(f"{prompt_id}{annotator}{responses}"), "prompt_id": prompt_id, "messages": messages,
-        "responses": responses, "ranks": ranks, "annotator": annotator, "source": row["source"],
-    }  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline import ragged
 from pipeline.algorithms.losses import pairs, ranking
 from pipeline.models.device import device
-from pipeline.models.forward import response_scores
+from pipeline.models.forward import group_scores
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.batches import Rows
@@ -191,10 +191,6 @@ class Preference:
     def names(self, rows: Rows) -> list[str]:
         """Prompts by their id."""
         return [f"prompt {self.elements[row].prompt_id}" for row in rows]
-
-
-def group_scores(model, prompts, groups):  # STAND-IN until forward.group_scores
-    return response_scores(model, [p for p, g in zip(prompts, groups) for _ in g], [r for g in groups for r in g])
 
 
 def element_scores(model: nn.Module, some: Sequence[Element]) -> Float[Tensor, " R"]:

@@ -2,6 +2,8 @@ import json
 import shutil
 import subprocess
 
+import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -72,11 +74,22 @@ def test_ids_of_built_in_prompts_and_demonstrations_are_those_of_their_messages(
         assert row["prompt_id"] == identity(row["messages"][:-1])
 
 
+def test_documents_of_the_built_in_world_have_splits(made_of, tmp_path):
+    train, held_out = (
+        set(made_of(tmp_path / split, "documents", 2, split=split).table()["text"].to_pylist())
+        for split in ("train", "held_out")
+    )
+    assert len(train) == len(held_out) == 2
+    assert not train & held_out
+
+
 def test_what_the_built_in_world_cannot_do_is_said(made_of, tmp_path):
     with pytest.raises(ExperimentError, match="how many rows"):
         made_of(tmp_path / "a", "prompts", None)
     with pytest.raises(ExperimentError, match="no split 'test'"):
         made_of(tmp_path / "b", "prompts", 3, split="test")
+    with pytest.raises(ExperimentError, match="no split 'test'"):
+        made_of(tmp_path / "d", "documents", 3, split="test")
     with pytest.raises(ExperimentError, match="no rankings"):
         made_of(tmp_path / "c", "rankings", 3)
 
@@ -268,12 +281,12 @@ def test_preferences_as_pairs_and_as_rankings(ingested, jsonl, sound):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "?", "chosen": "a"}, "fewer than two"),
-        ({"prompt": "?", "chosen": "a", "rejected": None}, "fewer than two"),
+        ({"prompt": "?", "chosen": "a"}, "chosen without rejected"),
+        ({"prompt": "?", "chosen": "a", "rejected": None}, "chosen without rejected"),
         ({"prompt": "?", "responses": ["a"], "ranks": [0]}, "fewer than two"),
         ({"prompt": "?", "responses": ["a", "b"], "ranks": [0]}, "as many ranks"),
         ({"prompt": "?", "responses": ["a", "b"], "ranks": ["first", "second"]}, "whole numbers"),
-        ({"prompt": "?", "responses": ["a", "b"], "ranks": [0, 1000]}, "whole numbers"),
+        ({"prompt": "?", "responses": ["a", "b"], "ranks": [0, 0.5]}, "whole numbers"),
         ({"messages": [*user("?"), {"role": "assistant", "content": "!"}], "chosen": "a", "rejected": "b"},
          "turn of the user"),
     ],
@@ -423,6 +436,160 @@ def test_responses_from_elsewhere_need_a_tokenizer(ingested, jsonl, tmp_path):
     (tmp_path / "bare" / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="no tokenizer"):
         ingested(path, kind="rollouts", tokenizer=tmp_path / "bare")
+
+
+LOG = "log.txt"
+PAIRS = [{"chosen": "good", "rejected": "bad"}, {"chosen": "fine", "rejected": "poor"}]
+DIALOGUES = [
+    {side: f"\n\nHuman: {n}+1?\n\nAssistant: Hm.\n\nHuman: Well?\n\nAssistant: {said}" for side, said in row.items()}
+    for n, row in enumerate(PAIRS)
+]  # fmt: skip
+SHAPES = {
+    "prompt, chosen, rejected": [{"prompt": f"{n}?", **row} for n, row in enumerate(PAIRS)],
+    "with margin": [{"question": f"{n}?", **row, "margin": n + 0.5} for n, row in enumerate(PAIRS)],
+    "with scores": [
+        {"prompt": f"{n}?", **row, "chosen_score": 3 + n, "score_rejected": 1} for n, row in enumerate(PAIRS)
+    ],
+    "dialogues": DIALOGUES,
+    "two and who won": [
+        {"prompt": "0?", "response_a": "good", "response_b": "bad", "winner": "model_a", "worker_id": "w"},
+        {"prompt": "1?", "response_a": "poor", "response_b": "fine", "winner": "b", "worker_id": "v"},
+    ],
+    "two numbered": [
+        {"prompt": "0?", "response_0": "good", "response_1": "bad", "better_response_id": 0},
+        {"prompt": "1?", "response_0": "poor", "response_1": "fine", "better_response_id": 1},
+    ],
+}  # fmt: skip
+
+
+def write(path, rows):
+    if path.suffix == ".csv":
+        pa_csv.write_csv(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_preferences_from_every_format(ingested, tmp_path, sound, shape, suffix):
+    made = ingested(write(tmp_path / f"rows{suffix}", SHAPES[shape]), kind="rankings")
+    sound(made)
+    assert made.stats["rejected"] == 0
+    rows = made.table().to_pylist()
+    better = [row["responses"][row["ranks"].index(0)] for row in rows]
+    assert (better, [sorted(row["ranks"]) for row in rows]) == (["good", "fine"], [[0, 1], [0, 1]])
+    ratings = {"with margin": [[0.5, 0], [1.5, 0]], "with scores": [[3, 1], [4, 1]]}
+    assert [row.get("ratings") for row in rows] == ratings.get(shape, [None, None])
+    assert ("ratings" in made.table().column_names) == (shape in ratings)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rankings_of_many_like_ultrafeedback(ingested, tmp_path, sound, suffix):
+    rows = [{"instruction": "1+1?", "models": ["m"], "completions": [
+        {"response": "2", "overall_score": 8.5, "model": "a"}, {"response": "3", "overall_score": 1.0, "model": "b"},
+        {"response": "two", "overall_score": 8.5, "model": "c"},
+    ]}]  # fmt: skip
+    made = ingested(write(tmp_path / f"rows{suffix}", rows), kind="rankings")
+    sound(made)
+    (row,) = made.table().to_pylist()
+    assert (row["responses"], row["ranks"], row["ratings"]) == (["2", "3", "two"], [0, 1, 0], [8.5, 1.0, 8.5])
+    assert (
+        "columns: messages <- instruction; responses <- completions.response; ranks <- completions.overall_score; "
+        "ratings <- completions.overall_score; not used: models\n"
+    ) in (made.path / LOG).read_text()
+
+
+def test_ratings_are_null_where_unknown(ingested, jsonl, sound):
+    scored = {"prompt": "0?", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1}
+    made = ingested(jsonl(scored, {**scored, "prompt": "1?", "score_chosen": None}), kind="rankings")
+    sound(made)
+    assert made.table()["ratings"].to_pylist() == [[2.0, 1.0], None]
+
+
+def test_the_found_mapping_is_told_once_and_names_what_is_not_used(ingested, jsonl):
+    hh = [{**row, "score_chosen": 2, "score_rejected": 1, "id": n, "meta": {}} for n, row in enumerate(DIALOGUES)]
+    told = (ingested(jsonl(*hh), kind="rankings").path / LOG).read_text()
+    assert told.count("columns:") == 1
+    assert (
+        "columns: messages <- the dialogue that chosen and rejected share; responses <- chosen, rejected; "
+        "ratings <- score_chosen, score_rejected; not used: id, meta\n"
+    ) in told
+    rows = [{"ask": "1?", "meta": {"gold": 1, "x": 2}, "id": 3}, {"ask": "2?", "id": 4}]
+    made = ingested(jsonl(*rows), columns={"prompt": "ask", "answer": "meta.gold"}, out="prompts")
+    assert "columns: prompt <- ask; answer <- meta.gold; not used: id\n" in (made.path / LOG).read_text()
+    made = ingested(jsonl({"messages": user("1?"), "prompt": "2?", "url": "x"}), out="both")
+    assert "columns: messages <- messages; not used: prompt, url\n" in (made.path / LOG).read_text()
+    made = ingested(jsonl({"text": "One."}, {"content": "Two.", "n": 1}), kind="documents", out="documents")
+    told = (made.path / LOG).read_text()
+    assert "columns: text <- text\n" in told
+    assert "columns: text <- content; not used: n\n" in told
+
+
+def test_the_reasons_are_counted(ingested, jsonl):
+    pair = {"prompt": "?", "chosen": "a", "rejected": "b"}
+    rows = [pair, {**pair, "margin": -1}, {**pair, "margin": -2}, {**pair, "margin": "high"}, pair]
+    made = ingested(jsonl(*rows), kind="rankings")
+    told = (made.path / LOG).read_text()
+    assert "1 rows kept, 4 do not fit" in told
+    assert "2 x a negative margin" in told
+    assert "1 x a rating or margin that is not a number\n" in told
+    assert "1 x a repetition of ranking_id\n" in told
+    assert [row["reason"][-4:] for row in rejected(made)[:2]] == ["-1.0", "-2.0"]
+
+
+def test_two_annotators_of_a_pair_are_two_rankings_and_so_are_two_verdicts(ingested, jsonl):
+    row = {"prompt": "?", "response_a": "a", "response_b": "b", "winner": "a", "annotator": "ann"}
+    rows = [row, {**row, "annotator": "ben"}, {**row, "winner": "b"}, row]
+    made = ingested(jsonl(*rows), kind="rankings")
+    assert made.stats["rows"] == 3
+    assert "repetition of ranking_id" in rejected(made)[0]["reason"]
+
+
+def test_winners_that_count_from_one_stop_everything(ingested, jsonl):
+    rows = [{"prompt": f"{n}?", "response_a": "a", "response_b": "b", "winner": n % 2 + 1} for n in range(4)]
+    with pytest.raises(InputError, match="count from 1"):
+        ingested(jsonl(*rows), kind="rankings")
+    made = ingested(jsonl(*rows, {**rows[0], "winner": 0}), kind="rankings", out="zero")
+    assert (made.stats["rows"], made.stats["rejected"]) == (3, 2)
+    rows = [{"prompt": row["prompt"], "response_1": "a", "response_2": "b", "winner": row["winner"]} for row in rows]
+    made = ingested(jsonl(*rows), kind="rankings", columns={"response_a": "response_1", "response_b": "response_2"},
+                    out="numbered")  # fmt: skip
+    assert made.table()["ranks"].to_pylist() == [[0, 1], [1, 0]] * 2
+
+
+def test_columns_that_make_no_rankings_are_told_with_what_would(ingested, jsonl):
+    with pytest.raises(InputError) as error:
+        ingested(jsonl({"q": "?", "good": "a", "bad": "b"}), kind="rankings")
+    told = str(error.value)
+    for part in ("chosen + rejected or response_a + response_b + winner or", "found q, good, bad",
+                 "--set columns.chosen=YOURS", "better_response_id"):  # fmt: skip
+        assert part in told, told
+    with pytest.raises(InputError, match="none of 1 rows fits; the first: no prompt") as error:
+        ingested(jsonl({"q": "?", "chosen": "a", "rejected": "b"}), kind="rankings")
+    assert "prompt: prompt, question" in error.value.do
+    made = ingested(jsonl({"q": "?", "good": "a", "bad": "b"}), kind="rankings",
+                    columns={"prompt": "q", "chosen": "good", "rejected": "bad"})  # fmt: skip
+    assert made.table()["responses"].to_pylist() == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [("held_out", "prompts"), ("held_out_documents", "documents"), ("held_out_rankings", "rankings"),
+     ("rankings", "rankings")],
+)  # fmt: skip
+def test_every_part_of_an_experiment_has_its_kind(tmp_path, part, kind):
+    path = tmp_path / "e.toml"
+    path.write_text(
+        'recipe = "grpo"\n[models.new]\nlayers = 2\n[data.prompts]\nsource = "arithmetic"\ncount = 3\n'
+        '[data.demonstrations]\nsource = "arithmetic"\ncount = 3\n'
+        f'[data.{part}]\nfiles = ["a.jsonl"]\nsplit = "held_out"\n'
+        "[scale]\niterations = 1\ngroups = 1\nprompt_tokens = 8\nresponse_tokens = 8\nlearning_rate = 1e-3\n"
+    )
+    made = Settings.of(Experiment.load(path), {"part": part})
+    assert (made.kind, made.part, made.split) == (kind, part, "held_out")
 
 
 def test_settings_are_the_part_of_the_experiment(tmp_path):

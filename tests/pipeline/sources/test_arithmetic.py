@@ -54,7 +54,7 @@ def test_the_same_world_gives_the_same_rows(world):
     for draw in (
         lambda n: prompts(world, "train", n),
         lambda n: demonstrations(world, n),
-        lambda n: documents(world, n),
+        lambda n: documents(world, "train", n),
     ):
         assert draw(20) == draw(20)
         assert draw(20)[:10] == draw(10)
@@ -85,7 +85,7 @@ def test_no_prompt_is_drawn_twice():
     world = World(terms=(2, 2), largest=9, held_out_share=0.5)
     for rows in (prompts(world, "train", 30), demonstrations(world, 30)):
         assert len({asked(row) for row in rows}) == 30
-    assert len({row["text"] for row in documents(world, 30)}) == 30
+    assert len({row["text"] for row in documents(world, "train", 30)}) == 30
 
 
 def test_held_out_prompts_are_nowhere_else_whatever_the_seed():
@@ -93,8 +93,14 @@ def test_held_out_prompts_are_nowhere_else_whatever_the_seed():
     held_out = {asked(row) for seed in range(3) for row in prompts(World(seed=seed, **small), "held_out", 60)}
     world = World(seed=7, **small)
     shown = {asked(row) for row in prompts(world, "train", 600) + demonstrations(world, 600)}
-    written = {row["text"].partition("=")[0] + "=" for row in documents(world, 600)}
-    assert not held_out & (shown | written)
+    assert not held_out & shown
+
+
+def test_held_out_documents_are_not_among_the_others_whatever_the_seed():
+    small = {"terms": (2, 2), "largest": 3, "held_out_share": 0.5}
+    kept = {row["text"] for seed in range(3) for row in documents(World(seed=seed, **small), "held_out", 200)}
+    read = {row["text"] for row in documents(World(seed=7, **small), "train", 200)}
+    assert (len(read), len(kept & read)) == (200, 0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -110,7 +116,7 @@ def test_the_held_out_share_is_about_as_asked(share):
 
 
 @pytest.mark.parametrize("count", [81, 82, 10**9])
-@pytest.mark.parametrize("draw", [lambda w, n: prompts(w, "train", n), demonstrations, documents])
+@pytest.mark.parametrize("draw", [lambda w, n: prompts(w, "train", n), demonstrations])
 def test_a_world_that_is_too_small_is_refused(draw, count):
     with pytest.raises(ExperimentError, match="at most"):
         draw(World(terms=(2, 2), largest=9), count)
@@ -141,13 +147,22 @@ def test_no_wrong_result_is_common():
     assert min(off) < 0 < max(off)
 
 
+def test_a_world_with_too_few_documents_is_refused():
+    with pytest.raises(ExperimentError, match=r"9 different train documents of a world that has at most [0-8]\n"):
+        documents(World(terms=(2, 2), largest=2, held_out_share=0.9, seed=1), "train", 9)
+
+
 @given(world=WORLDS)
-def test_documents_are_right_in_every_step(world):
-    for row in documents(world, 30):
-        prompt, _, response = row["text"].partition("=")
-        assert follows(f"{prompt}=", response)
-        assert wrong_steps(response) == 0
-        assert row["source"] == "arithmetic/documents"
+def test_documents_tell_three_true_sums_of_the_world_from_the_result_on(world):
+    for row in documents(world, "train", 30):
+        sums = row["text"].split(";")
+        assert len(sums) == 3
+        for result, _, chain in (told.partition("=") for told in sums):
+            terms = [int(term) for term in chain.split("+")]
+            assert sum(terms) == int(result)
+            assert world.terms[0] <= len(terms) <= world.terms[1]
+            assert all(1 <= term <= world.largest for term in terms)
+        assert row["source"] == "arithmetic/documents/train"
 
 
 @pytest.mark.parametrize(

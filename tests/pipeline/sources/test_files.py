@@ -86,7 +86,10 @@ def test_a_row_knows_its_place(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("garbage", [b"{", b"[1, 2]", b'"text"', b"{'a': 1}", b"\xff\xfe{}", b"null", b"[" * 50000])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"{", b"[1, 2]", b'"text"', b"{'a': 1}", b"\xff\xfe{}", b"null", b"[" * 50000, b'{"a": ' + b"9" * 5000 + b"}"],
+)
 def test_garbage_in_the_middle_of_jsonl_names_the_line_and_the_rows_before_it_arrive(tmp_path, garbage):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + garbage + b'\n{"a": 2}\n')
@@ -124,6 +127,26 @@ def test_csv_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"a,b\n1,\xff\n")
     assert fault(path).what.startswith("not CSV")
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_the_line_that_is_not_text_is_named_though_the_reader_is_a_block_ahead(tmp_path, end, before):
+    path = tmp_path / "x.csv"
+    lines = [b"a,b", *(b"%d,fine" % n for n in range(3000)), b"1,\xff", b"2,b"]
+    path.write_bytes(before + end.join(lines))
+    assert fault(path).where == f"{path}:3002"
+
+
+@pytest.mark.parametrize("line", ['{"a": 1, "b": 2, "a": 3}', '{"b": [{"a": 1, "a": 1}]}'])
+def test_a_key_that_stands_twice_is_refused(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n' + line)
+    assert fault(path).where == f"{path}:2"
+    assert "'a' stands 2 times" in fault(path).what
+    path = tmp_path / "x.json"
+    path.write_text(f"[{line}]")
+    assert "'a' stands 2 times" in fault(path).what
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "3", "null", '"a"'])
