@@ -143,8 +143,9 @@ class Artifact:
         return InputRecord(path=str(self.path), fingerprint=m.fingerprint, digest=m.digest)
 
     def part_paths(self) -> list[Path]:
-        """The Parquet files in order."""
-        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+        """The Parquet files of a table in order; a directory that is no table has none."""
+        names = sorted(self.manifest.files) if self.contract.is_table else []
+        return [self.path / name for name in names if name.endswith(".parquet")]
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Read the files one after the other. Raises `ArtifactError` for a file that is gone or unreadable."""

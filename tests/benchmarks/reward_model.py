@@ -38,7 +38,7 @@ PEERS = ("torch==2.13.0", "trl==1.16.0")
 TEST_PAIRS = 300
 
 MODEL = {"layers": 1, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 2, "tokenizer": "bpe", "vocab_size": 2048,
-         "max_position": 4096}  # fmt: skip
+         "max_position": 4096, "init_std": 0.2}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Plan:
 
     epochs: int = 2
     batch: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     warmup_share: float = 0.1
     final_share: float = 0.1
     weight_decay: float = 0.0
