@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +198,15 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
     """Write weights, `config.json`, the tokenizer's files and, of a policy, `generation_config.json` into `path`.
 
     `generation_config.json` names all tokens that end a response: the model's own and the tokenizer's, and nothing
-    about sampling. The `pad_token_id` of a reward model or critic is never a token that ends a response: transformers
-    looks for the last token that is no padding, and would read a score one token too early.
+    about sampling.
+
+    transformers reads a score at the last token that is not `pad_token_id`, one token too early where a text ends with
+    that. So what pads a reward model or critic, in `config.json` and in its tokenizer's files, ends no text: it is the
+    tokenizer's or the model's padding if it is no end token, else a special token whose name says padding. Where there
+    is none, both have no padding: transformers then scores one text at a time, and refuses more.
     Makes the directory; files of the same names are written over.
     """
-    generates, kept_pad = model.can_generate(), model.config.pad_token_id
+    generates, kept_pad, kept_token = model.can_generate(), model.config.pad_token_id, tokenizer.pad_token
     kept_generation = getattr(model, "generation_config", None)
     ends = _ends((kept_generation or model.config).eos_token_id, tokenizer.eos_token_id)
     path.mkdir(parents=True, exist_ok=True)
@@ -210,15 +214,17 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
         if generates:
             model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)
         else:
-            pads = (token for token in (tokenizer.pad_token_id, kept_pad) if token not in (None, *ends))
-            model.config.pad_token_id = next(pads, None)
+            pad = _padding(model.config, tokenizer, ends)
+            model.config.pad_token_id = pad
+            tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
         with _no_progress_bar():
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
     finally:
-        model.config.pad_token_id = kept_pad
         if generates:
             model.generation_config = kept_generation
+        else:
+            model.config.pad_token_id, tokenizer.pad_token = kept_pad, kept_token
     written = path / "tokenizer_config.json"
     settings = {name: value for name, value in _json(written).items() if name not in HOW_IT_WAS_LOADED}
     written.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -249,6 +255,18 @@ def _ends(*given: int | list[int] | None) -> list[int]:
     for some in given:
         tokens += [] if some is None else [some] if isinstance(some, int) else some
     return list(dict.fromkeys(tokens))
+
+
+def _padding(config: Any, tokenizer: Any, ends: Sequence[int]) -> int | None:
+    """A special token that is never the last of a text."""
+    special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    named = [token for token, content in special.items() if "pad" in content.lower()]
+    # A response that was cut off may end with an unknown character.
+    last = (*ends, tokenizer.unk_token_id)
+    for token in (tokenizer.pad_token_id, config.pad_token_id, *named):
+        if token in special and token not in last and token < config.vocab_size:
+            return int(token)
+    return None
 
 
 def _architecture(config: dict[str, Any], path: Path, kind: Kind) -> str:
@@ -295,6 +313,10 @@ def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
         raise ExperimentError(what, where=str(path), do=do)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     config.num_labels = 1
+    if (path / "generation_config.json").exists():
+        # A model with a head has no such file, and none of these may pad it.
+        ends = _ends(config.eos_token_id, _json(path / "generation_config.json").get("eos_token_id"))
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     with torch.random.fork_rng(devices=[]), _no_load_report():
         model, missing = _open(path, sort, torch.float32, config=config)
     head = getattr(model, "score", None)

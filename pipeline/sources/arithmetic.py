@@ -2,14 +2,14 @@
 
     prompt      7+8+3=
     response    7+8=15,15+3=18;18
-    document    18=7+8+3;12=5+7;20=9+2+9
+    document    7+8=3,3+5=8,8+9=5,5+2=7
 
 What follows the last ";" is the answer, so the grader `exact` can judge every response. A policy that imitates
 demonstrations of which a share is wrong samples wrong sums about as often, although the right result of a step is
 its most probable one: there is something for reinforcement to learn within minutes, on a processor.
 
-Documents are the pretraining text: the same characters, and another ability, which a policy that is reinforced for
-sums forgets unless it goes on reading.
+Documents are the pretraining text: sums on the clock, where 12 is followed by 1. They are another ability in the same
+characters, and near enough to be forgotten by a policy that is reinforced for ordinary sums and does not read on.
 
 The splits are by a hash of the text: no held-out prompt is ever a training prompt or a demonstration, and no held-out
 document a training document, whatever the seed. Demonstrations and training prompts are drawn independently of each
@@ -30,7 +30,8 @@ from pipeline.settings import Settings
 
 Split = Literal["train", "held_out"]
 
-SUMS_OF_A_DOCUMENT = 3
+CLOCK_SUMS = 4
+"""Of a document."""
 TRIES = 100
 """Draws per document that is asked for, before the world is called too small."""
 
@@ -91,12 +92,13 @@ def demonstrations(world: World, count: int) -> list[dict[str, Any]]:
 def documents(world: World, split: Split, count: int) -> list[dict[str, Any]]:
     """Return `count` different documents of a split as rows: text, source.
 
-    A document is three sums, each told from the result on. Raises `ExperimentError` where the world has too few.
+    A document is a chain of `CLOCK_SUMS` sums on the clock, each going on from the result before; terms are drawn as
+    those of the prompts, at most 9. Raises `ExperimentError` where the world has too few.
     """
     rng = _stream(world, split, "documents")
     texts: dict[str, None] = {}
     for _ in range(TRIES * count):
-        text = ";".join(_told(_drawn(world, rng)) for _ in range(SUMS_OF_A_DOCUMENT))
+        text = _on_the_clock([rng.randint(1, min(world.largest, 9)) for _ in range(CLOCK_SUMS + 1)])
         if _is_held_out(world, text) == (split == "held_out"):
             texts[text] = None
         if len(texts) == count:
@@ -104,13 +106,10 @@ def documents(world: World, split: Split, count: int) -> list[dict[str, Any]]:
     raise _too_small(world, f"{split} documents", found=len(texts), count=count)
 
 
-def _drawn(world: World, rng: Random) -> tuple[int, ...]:
-    fewest, most = world.terms
-    return tuple(rng.randint(1, world.largest) for _ in range(rng.randint(fewest, most)))
-
-
-def _told(chain: tuple[int, ...]) -> str:
-    return f"{sum(chain)}={'+'.join(map(str, chain))}"
+def _on_the_clock(terms: list[int]) -> str:
+    """`7+8=3,3+5=8` of 7, 8, 5."""
+    hours = list(accumulate(terms, lambda hour, term: (hour + term - 1) % 12 + 1))
+    return ",".join(f"{hour}+{term}={now}" for hour, term, now in zip(hours, terms[1:], hours[1:], strict=False))
 
 
 def _chains(world: World, split: Split, purpose: str, count: int) -> list[tuple[int, ...]]:

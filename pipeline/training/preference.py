@@ -46,8 +46,8 @@ class Element:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a forward pass reads: the prompt once, and all responses."""
-        return len(self.prompt) + sum(map(len, self.responses))
+        """Padded tokens of a row per response: the most that a forward pass reads, where prompts are not shared."""
+        return len(self.responses) * (len(self.prompt) + max(map(len, self.responses)))
 
     def only(self, rankings: Iterable[Ranked]) -> "Element":
         """The prompt with these of its rankings, and the responses that they are about."""

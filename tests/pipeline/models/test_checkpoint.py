@@ -6,13 +6,17 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
 )
 
 from pipeline.errors import ArtifactError, ExperimentError
@@ -27,6 +31,7 @@ from pipeline.models.checkpoint import (
     reward_bias,
     save,
 )
+from pipeline.models.forward import response_scores
 from pipeline.models.fresh import ModelSpec, create
 
 LOAD = {"policy": load_policy, "reward_model": load_reward_model, "critic": load_critic}
@@ -405,13 +410,79 @@ def test_a_family_without_such_a_head_is_refused(tmp_path, config, message):
         fresh_critic(tmp_path, 0)
 
 
-@pytest.mark.parametrize(("pad", "written"), [("<pad>", 0), ("<eos>", 2), (None, 2)])
-def test_padding_is_written_as_a_token_that_ends_nothing_or_not_at_all(policy, judges, tmp_path, pad, written):
+def without_padding():
+    """A tokenizer whose special tokens all end texts or may."""
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1} | {chr(97 + i): i + 2 for i in range(26)}, "<unk>"))
+    tokenizer.add_special_tokens(["<eos>", "<unk>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+TEXTS = [[5, 6, 7], [9], [4] * 20, [8, 3]], [[10, 11, 1], [12] * 9, [7], [13, 2]]
+"""Two end with a letter, one with the end token of `policy`, one with its unknown character; unlike lengths."""
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", "<unk>", None])
+@pytest.mark.parametrize("own", [0, 1, 2, 9, None], ids=["padding", "end", "unknown", "letter", "none"])
+def test_plain_transformers_scores_what_we_score_whatever_padded_before(judges, tmp_path, pad, own):
     tokenizer = AutoTokenizer.from_pretrained(judges / "policy")
     tokenizer.pad_token = pad
     model = load_reward_model(judges / "reward_model", "float32")
-    for own, expected in ((2, written), (tokenizer.eos_token_id, 0 if pad == "<pad>" else None)):
-        model.config.pad_token_id = own
-        save(model, tokenizer, tmp_path / "saved")
-        assert json.loads((tmp_path / "saved" / "config.json").read_text()).get("pad_token_id") == expected
-        assert model.config.pad_token_id == own
+    model.config.pad_token_id = own
+    save(model, tokenizer, tmp_path)
+    assert (model.config.pad_token_id, tokenizer.pad_token) == (own, pad)
+    plain, saved = AutoModelForSequenceClassification.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.config.pad_token_id == saved.pad_token_id == 0
+    rows = [[*prompt, *response] for prompt, response in zip(*TEXTS, strict=True)]
+    with torch.no_grad():
+        ours = response_scores(load_reward_model(tmp_path, "float32"), *TEXTS)
+        together = plain(**saved.pad({"input_ids": rows}, return_tensors="pt")).logits[:, 0]
+        alone = torch.cat([plain(torch.tensor([row])).logits[:, 0] for row in rows])
+    assert torch.allclose(together + reward_bias(plain), ours, atol=1e-5)
+    assert torch.allclose(alone + reward_bias(plain), ours, atol=1e-5)
+    assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("pad", ["<eos>", "<unk>", None])
+@pytest.mark.parametrize("family", [LlamaConfig, GemmaConfig], ids=["llama", "gemma"])
+def test_without_a_token_to_pad_with_plain_transformers_scores_one_text_and_refuses_more(tmp_path, pad, family):
+    tokenizer = without_padding()
+    tokenizer.pad_token = pad
+    config = family(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, intermediate_size=32, num_labels=1, bos_token_id=None, eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    save(AutoModelForSequenceClassification.from_config(config).eval(), tokenizer, tmp_path)
+    plain, saved = AutoModelForSequenceClassification.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.config.pad_token_id is saved.pad_token is None
+    rows = [[3, 4, 0], [5, 1]]
+    with torch.no_grad():
+        ours = response_scores(load_reward_model(tmp_path, "float32"), [row[:1] for row in rows], [r[1:] for r in rows])
+        alone = torch.cat([plain(torch.tensor([row])).logits[:, 0] for row in rows])
+        with pytest.raises(ValueError, match="no padding token"):
+            plain(torch.tensor([[3, 4, 0], [5, 1, 0]]))
+    assert torch.allclose(alone, ours, atol=1e-5)
+    with pytest.raises(ValueError, match="does not have a padding token"):
+        saved.pad({"input_ids": rows})
+
+
+def test_no_end_token_of_a_policy_pads_the_reward_model_made_of_it(judges, policy, copied, tmp_path):
+    path = copied("policy")
+    ends = json.loads((path / "generation_config.json").read_text()) | {"eos_token_id": [1, 0]}
+    (path / "generation_config.json").write_text(json.dumps(ends))
+    for kind, make in (("reward_model", fresh_reward_model), ("critic", fresh_critic)):
+        save(make(path, 0), policy[1], tmp_path / "saved")
+        assert inspect(tmp_path / "saved", kind).end_ids == (1, 0)
+        assert CLASS[kind].from_pretrained(tmp_path / "saved").config.pad_token_id is None
+        again = LOAD[kind](tmp_path / "saved", "float32")
+        save(again, policy[1], tmp_path / "again")
+        assert CLASS[kind].from_pretrained(tmp_path / "again").config.pad_token_id is None
+
+
+def test_a_token_that_the_model_does_not_have_pads_nothing(judges, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(judges / "policy")
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    model = load_reward_model(judges / "reward_model", "float32")
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    save(model, tokenizer, tmp_path)
+    assert load_reward_model(tmp_path, "float32").config.pad_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "<pad>"

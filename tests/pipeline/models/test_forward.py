@@ -5,11 +5,17 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models.checkpoint import load_critic, load_reward_model
-from pipeline.models.forward import response_logprobs, response_scores, response_values
+from pipeline.models.forward import (
+    SHARE_PROMPTS,
+    group_scores,
+    response_logprobs,
+    response_scores,
+    response_values,
+)
 
 PROMPTS = [[5, 6, 7], [9], [4] * 20, [8, 3]]
 RESPONSES = [[10, 11, 1], [12] * 9, [7], []]
@@ -275,3 +281,202 @@ def test_a_value_or_a_score_that_is_not_finite_is_refused_with_its_rows(critic, 
         with pytest.raises(NumericsError, match=f"a {what} is nan") as caught:
             read(model, *ANSWERED)
         assert caught.value.where == "rows [1] of 3"
+
+
+def tiny(family, attention="sdpa", **more):
+    """A reward model of a family, wide enough for opinions and without dropout."""
+    config = AutoConfig.for_model(family)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "intermediate_size": 256, "max_position_embeddings": 256, "initializer_range": 0.3,
+        "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "hidden_dropout": 0.0,
+        "num_experts": 1,
+    }  # fmt: skip
+    known = {name: value for name, value in sizes.items() if hasattr(config, name)}
+    config = type(config)(**(known | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1} | more), num_labels=1)
+    config.reward_bias = 0.25
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+
+
+def drawn(seed, prompt=(1, 60), response=(1, 12), most=9, groups=5):
+    """Prompts and groups of responses of random lengths; one prompt and one response have one token."""
+    source = torch.Generator().manual_seed(seed)
+
+    def number(least, most):
+        return int(torch.randint(least, most + 1, (1,), generator=source))
+
+    def text(length):
+        return torch.randint(2, 40, (length,), generator=source).tolist()
+
+    prompts = [text(number(*prompt)) for _ in range(groups)]
+    made = [[text(number(*response)) for _ in range(number(1, most))] for _ in range(groups)]
+    return [prompts[0][:1], *prompts[1:]], [*made[:-1], [made[-1][0][:1], *made[-1][1:]]]
+
+
+def one_by_one(model, prompts, groups):
+    """The same scores, every response read after its own copy of the prompt."""
+    repeated = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+    return response_scores(model, repeated, [response for group in groups for response in group])
+
+
+@pytest.fixture
+def read():
+    """Has a model say the shapes of what it reads."""
+    handles, shapes = [], []
+
+    def listen(model):
+        note = lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape))  # noqa: E731
+        handles.append(model.base_model.register_forward_pre_hook(note, with_kwargs=True))
+        return shapes
+
+    yield listen
+    for handle in handles:
+        handle.remove()
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(model, prompts, groups):
+    """Scores and gradients of groups are those of responses one by one."""
+    model.zero_grad()
+    found = group_scores(model, prompts, groups)
+    weights = torch.arange(len(found)).float().cos()
+    (found * weights).sum().backward()
+    ours = gradients(model)
+    expected = one_by_one(model, prompts, groups)
+    (expected * weights).sum().backward()
+    theirs = gradients(model)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, atol=2e-5 * float(gradient.abs().max()) + 1e-6), name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", sorted(SHARE_PROMPTS))
+def test_a_prompt_read_once_gives_the_scores_and_gradients_of_one_read_for_each_response(family, attention, read):
+    model, (prompts, groups) = tiny(family, attention), drawn(0, prompt=(30, 60))
+    shapes = read(model)
+    with torch.no_grad():
+        assert group_scores(model, prompts, groups).std() > 0.05
+    assert shapes == [(5, max(len(p) + sum(map(len, g)) for p, g in zip(prompts, groups, strict=True)))]
+    assert_same(model, prompts, groups)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scores_of_any_groups_are_those_of_their_responses(reward_model, seed):
+    assert_same(reward_model, *drawn(seed))
+    assert_same(reward_model, *drawn(seed, prompt=(20, 40), most=2, groups=4))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "groups"),
+    [
+        ([[5, 6, 7] * 9], [[[8], [9], [10]]]),
+        ([[5] * 20, [6] * 30], [[[8, 9]], [[7], [7], [7, 7]]]),
+        ([[5, 6, 7] * 9], [[[8, 9, 10]] * 9]),
+        ([[5] * 20, [6] * 30], [[], [[8], [9]]]),
+        ([[], [6] * 30], [[[8, 9], [10]], [[8], [9]]]),
+        ([[5]], [[[6]]]),
+    ],
+    ids=[
+        "one token each",
+        "a group of one",
+        "nine that are equal",
+        "no response",
+        "no prompt",
+        "one row of two tokens",
+    ],
+)
+def test_scores_of_small_and_empty_groups(reward_model, prompts, groups):
+    assert_same(reward_model, prompts, groups)
+
+
+def test_a_response_does_not_see_the_others(reward_model, read):
+    prompts, groups = [[5, 6, 7] * 9, [9] * 25], [[[10, 11], [12, 13, 14], [15]], [[16, 17], [18, 19]]]
+    shapes = read(reward_model)
+    with torch.no_grad():
+        before = group_scores(reward_model, prompts, groups)
+        for place, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
+            changed = [[list(response) for response in group] for group in groups]
+            changed[row][column] = [token + 15 for token in changed[row][column]]
+            moved = (group_scores(reward_model, prompts, changed) - before).abs()
+            assert moved[place] > 1e-3
+            assert moved[torch.arange(5) != place].max() <= 1e-6
+    assert {rows for rows, _ in shapes} == {2}
+
+
+def test_a_score_of_a_group_that_is_not_finite_is_refused_with_its_response(reward_model):
+    prompts, groups = [[5, 6, 7] * 9, [9] * 25], [[[10, 11], [12, 13], [14]], [[12, 11], [10, 14]]]
+    with torch.no_grad():
+        reward_model.model.embed_tokens.weight[13] = torch.inf
+    with pytest.raises(NumericsError, match="a score is nan") as caught:
+        group_scores(reward_model, prompts, groups)
+    assert caught.value.where == "rows [1] of 5"
+
+
+def test_a_response_of_a_group_without_a_token_is_refused(reward_model):
+    with pytest.raises(ContractError, match="no score") as caught:
+        group_scores(reward_model, [[5], [6]], [[[7], [8]], [[9], []]])
+    assert "[3]" in caught.value.where
+
+
+def test_as_many_prompts_as_groups(reward_model):
+    with pytest.raises(ValueError, match="zip"):
+        group_scores(reward_model, [[5]], [[[7]], [[8]]])
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_long_responses_to_a_short_prompt_are_read_one_by_one(reward_model, read, prompt):
+    prompts, groups = [[5] * prompt], [[[token] * 100 for token in range(6, 15)]]
+    shapes = read(reward_model)
+    assert_same(reward_model, prompts, groups)
+    assert set(shapes) == {(9, prompt + 100)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 1})],
+    ids=["mistral", "qwen2"],
+)
+@pytest.mark.parametrize(("window", "rows"), [(33, 1), (32, 4)])
+def test_what_does_not_fit_in_the_window_of_a_layer_is_read_one_by_one(attention, family, more, window, rows, read):
+    # Texts have 33 tokens; together they have 42, more than either window.
+    model = tiny(family, attention, sliding_window=window, **more)
+    assert model.config.sliding_window == window
+    prompts, groups = [list(range(2, 32))], [[[token] * 3 for token in range(35, 39)]]
+    with torch.no_grad():
+        shapes = read(model)
+        found = group_scores(model, prompts, groups)
+        assert shapes[0][0] == rows
+        assert torch.allclose(found, one_by_one(model, prompts, groups), atol=1e-5)
+        # The window matters: the same weights without one say something else of texts that are longer.
+        free = tiny(family, attention, sliding_window=None)
+        assert torch.allclose(found, group_scores(free, prompts, groups), atol=1e-5) == (window == 33)
+
+
+def test_a_row_may_have_more_tokens_than_the_model_has_positions(read):
+    model, prompts = tiny("gpt2", max_position_embeddings=33), [[5] * 30, [6] * 25]
+    groups = [[[token] * 3 for token in range(7, 16)], [[8, 9], [9]]]
+    shapes = read(model)
+    assert_same(model, prompts, groups)
+    assert shapes[0] == (2, 57)
+
+
+@pytest.mark.parametrize("family", ["bloom", "jamba"])
+def test_a_family_that_takes_no_mask_or_no_positions_is_read_one_by_one(family, read):
+    more = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False} if family == "jamba" else {}
+    model = tiny(family, None if family == "bloom" else "sdpa", **more)
+    prompts, groups = drawn(0, prompt=(30, 60))
+    count = sum(map(len, groups))
+    shapes = read(model)
+    assert_same(model, prompts, groups)
+    assert {rows for rows, _ in shapes} == {count}

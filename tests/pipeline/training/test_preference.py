@@ -76,7 +76,7 @@ def test_all_rankings_of_a_prompt_are_one_element_that_holds_each_text_once(chat
         ("ann", [0, 1, 2], [0, 1, 2]), ("ben", [0, 1, 2], [2, 1, 0]), ("cem", [1, 3], [0, 1]), (None, [4, 0], [1, 0]),
     ]  # fmt: skip
     assert p.prompt == chat.prompt_tokens([{"role": "user", "content": "ab"}])
-    assert p.tokens == len(p.prompt) + 4 * 2 + 3  # four responses of one character and an end token, one of two
+    assert p.tokens == 5 * (len(p.prompt) + 3)  # the longest of five responses has two characters and an end token
     assert Preference([p, q]).lengths.tolist() == [p.tokens, q.tokens]
     assert Compared.of([p, q]).counts.tolist() == [3 + 3 + 1 + 1, 1]
 
