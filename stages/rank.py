@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.annotating import agreement, answers
+from pipeline.annotating.sheets import Question
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS, QUESTIONS, RANKINGS
 from pipeline.errors import ContractError, InputError, WaitingError
@@ -31,9 +32,6 @@ from pipeline.stage import FILES, StageSettings, stage
 ANNOTATOR = "grader"
 """Name of the simulated annotator of questions that name none."""
 RIGHT, WRONG = 0, 1
-
-Question = Mapping[str, Any]
-"""A row of the questions contract."""
 
 
 class Settings(StageSettings):

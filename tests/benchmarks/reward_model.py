@@ -110,15 +110,20 @@ def peer_python(folder: Path) -> Path:
 
 
 def split(data: Path, work: Path) -> tuple[Artifact, Artifact]:
-    """Rankings of all pairs but the last 300, and of those; the same prompt on both sides is a fault of the data."""
+    """Rankings to train on, and of the last 300 pairs; a pair whose prompt is asked there as well is not trained on."""
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    made = []
-    for name, part in (("train", lines[:-TEST_PAIRS]), ("test", lines[-TEST_PAIRS:])):
-        file = work / f"{name}.jsonl"
-        file.write_text("\n".join(part) + "\n", encoding="utf-8")
-        settings = IngestSettings.of(None, {"kind": "rankings", "name": name})
-        made.append(ingest.run(work / f"rankings-{name}", settings, files=[file]))
-    return made[0], made[1]
+    test = _rankings(work, "test", lines[-TEST_PAIRS:])
+    asked = set(test.table(["prompt_id"])["prompt_id"].to_pylist())
+    others = _rankings(work, "others", lines[:-TEST_PAIRS]).table(["prompt_id", "messages", "responses", "ranks"])
+    rows = [row for row in others.to_pylist() if row.pop("prompt_id") not in asked]
+    return _rankings(work, "train", [json.dumps(row) for row in rows]), test
+
+
+def _rankings(work: Path, name: str, lines: list[str]) -> Artifact:
+    file = work / f"{name}.jsonl"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = IngestSettings.of(None, {"kind": "rankings", "name": name})
+    return ingest.run(work / f"rankings-{name}", settings, files=[file])
 
 
 def fresh_policy(folder: Path, train: Artifact) -> Path:

@@ -177,3 +177,16 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize("words", [["recipes"], ["stages"], ["contracts"], ["recipes", "dapo"]], ids=" ".join)
 def test_tables_are_printed(desk, words):
     assert len(desk.rlhf(*words).stdout.splitlines()) > 5
+
+
+def test_results_of_what_is_no_run_or_not_evaluated_are_refused(desk, tmp_path):
+    assert "not a run" in desk.refusal("results", str(tmp_path))
+    (tmp_path / "experiment.toml").touch()
+    assert "evaluated iterations there: none" in desk.refusal("results", str(tmp_path))
+
+
+def test_the_summary_of_a_run_can_be_had_again_as_a_table(finished):
+    desk, _ = finished
+    said = desk.rlhf("results", "runs/small").stdout
+    assert "small, iteration 2" in said
+    assert "win rate" in said
