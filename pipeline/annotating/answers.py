@@ -30,6 +30,7 @@ ANYBODY = "anybody"
 _WHOLE = re.compile(r"0*([0-9]{1,2})(\.0*)?")
 _NO_LETTER = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
+
 class RawRow(Protocol):
     """A row as it is in a file, and where it stands."""
 
