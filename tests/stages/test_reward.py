@@ -262,7 +262,7 @@ def test_the_kept_weights_are_those_that_a_shorter_training_ends_with(room, unsu
     kept = int(early.stats["steps_kept"])
     assert 1 < kept < early.stats["steps"] < 40
     short = reward.run(
-        room / "cut short", settings(**{**flat, "epochs": kept, "check_every": 0}), rankings=unsure.path, policy=policy.path
+        room / "ended", settings(**{**flat, "epochs": kept, "check_every": 0}), rankings=unsure.path, policy=policy.path
     )
     assert torch.equal(weights_of(short.path), weights_of(early.path))
 
