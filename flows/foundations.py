@@ -76,6 +76,8 @@ def foundations(run: Run) -> Foundations:
             refuse_leak(trained, held_out)
     documents, kept = _documents(run), data.held_out_documents
     held_out_documents = None if kept is None else _ingested(run, "held_out_documents", kept)
+    if documents is not None and held_out_documents is not None:
+        refuse_leak(documents, held_out_documents, "document_id")
     ordinary = _policy(run, demonstrations, documents)
     policy = _own_policy(run, demonstrations, documents) or ordinary
     feedback = preferring = None
@@ -231,12 +233,13 @@ def judged(run: Run, out: Path, rollouts: Artifact, reward_model: Artifact | Non
     return run.do(score, out, settings, rollouts=[rollouts.path], reward_model=reward_model.path).path
 
 
-def refuse_leak(trained: Artifact, held_out: Artifact) -> None:
-    """Raise `ExperimentError` when a held-out prompt is also trained on: its accuracy would mean nothing."""
-    known, kept = (set(a.table(["prompt_id"])["prompt_id"].to_pylist()) for a in (trained, held_out))
+def refuse_leak(trained: Artifact, held_out: Artifact, key: str = "prompt_id") -> None:
+    """Raise `ExperimentError` when something held out is also trained on: what it measures would mean nothing."""
+    known, kept = (set(a.table([key])[key].to_pylist()) for a in (trained, held_out))
     if shared := known & kept:
+        what = key.removesuffix("_id") + "s"
         raise ExperimentError(
-            f"{len(shared)} held-out prompts are also trained on; first: {', '.join(sorted(shared)[:5])}",
+            f"{len(shared)} held-out {what} are also trained on; first: {', '.join(sorted(shared)[:5])}",
             f"{held_out.path} and {trained.path}",
-            "separate the files named in data.held_out from those in data.prompts and data.demonstrations",
+            f"separate the files named for the held-out {what} from those that are trained on",
         )

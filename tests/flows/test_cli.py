@@ -148,6 +148,23 @@ def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path, part):
     assert f"runs/h-{part}/{part}" in refused
 
 
+def test_held_out_documents_may_not_be_trained_on(desk, tmp_path):
+    path = rows(tmp_path / "same.jsonl", {"text": "1+1=2"})
+    words = [
+        "--recipe",
+        "grpo",
+        "--name",
+        "h-documents",
+        "--set",
+        "base=h-documents",
+        "--set",
+        "sft.documents_share=0.1",
+    ]
+    for name in ("documents", "held_out_documents"):
+        words += ["--set", f"data.{name}={{files=['{path}']}}"]
+    assert "1 held-out documents are also trained on" in desk.refusal("run", "small.toml", *words)
+
+
 def test_unknown_stage_and_missing_input(desk, tmp_path):
     assert "ingest, sft, rollout" in desk.refusal("stage", "labell")
     assert "--rollouts" in desk.refusal("stage", "label", "--out", str(tmp_path / "o"))
