@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from flows.run import EXPERIMENT_FILE
+from flows.run import EXPERIMENT_FILE, refuse_no_run
 from flows.tables import Sheet
 from pipeline.algorithms.bind import Bound, bind
 from pipeline.algorithms.recipe import Recipe
@@ -101,8 +101,7 @@ def _sign_flips(a: np.ndarray, b: np.ndarray) -> float:
 def stored(folder: Path, iteration: int) -> Stored:
     """Open what a run has of an iteration. Raises `ArtifactError` when it has no such iteration."""
     here = folder / f"{iteration:04d}"
-    if not (folder / EXPERIMENT_FILE).is_file():
-        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
+    refuse_no_run(folder)
     rollouts = _opened(here, "rollouts-*")
     labels = _opened(here, "labels-*")
     if not rollouts or len(rollouts) != len(labels):

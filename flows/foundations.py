@@ -67,22 +67,20 @@ def foundations(run: Run) -> Foundations:
     """Make everything that the recipe needs before its first iteration."""
     data, recipe = run.experiment.data, run.experiment.recipe
     prompts = _ingested(run, "prompts", data.prompts)
-    held_out = None if data.held_out is None else _ingested(run, "held_out", data.held_out)
+    held_out = _ingested_if_named(run, "held_out")
     _refuse_unjudgeable(run, prompts, held_out)
-    wanted = data.demonstrations if run.experiment.sft.enabled else None
-    demonstrations = None if wanted is None else _ingested(run, "demonstrations", wanted)
+    demonstrations = _ingested_if_named(run, "demonstrations") if run.experiment.sft.enabled else None
     for trained in (prompts, demonstrations):
         if held_out is not None and trained is not None:
             refuse_leak(trained, held_out)
-    documents, kept = _documents(run), data.held_out_documents
-    held_out_documents = None if kept is None else _ingested(run, "held_out_documents", kept)
+    documents, held_out_documents = _documents(run), _ingested_if_named(run, "held_out_documents")
     if documents is not None and held_out_documents is not None:
         refuse_leak(documents, held_out_documents, "document_id")
     ordinary = _policy(run, demonstrations, documents)
     policy = _own_policy(run, demonstrations, documents) or ordinary
     feedback = preferring = None
     if needs_reward_model(recipe):
-        preferring = Preferring(prompts, ordinary, demonstrations, _held_out_rankings(run))
+        preferring = Preferring(prompts, ordinary, demonstrations, _ingested_if_named(run, "held_out_rankings"))
         feedback = _feedback(run, preferring)
     critic = _critic(run, prompts, policy, None if feedback is None else feedback.model)
     return Foundations(prompts, held_out, policy, documents, held_out_documents, critic, feedback, preferring)
@@ -111,6 +109,11 @@ def _ingested(run: Run, part: str, wanted: DataSlice) -> Artifact:
     folder = Path(run.experiment.data.folder)
     settings = IngestSettings.of(run.experiment, {"part": part})
     return run.do(ingest, run.base / part, settings, files=[folder / name for name in wanted.files])
+
+
+def _ingested_if_named(run: Run, part: str) -> Artifact | None:
+    wanted: DataSlice | None = getattr(run.experiment.data, part)
+    return None if wanted is None else _ingested(run, part, wanted)
 
 
 def _documents(run: Run) -> Artifact | None:
@@ -170,11 +173,6 @@ def _feedback(run: Run, using: Preferring) -> Feedback:
         ranked(run, run.base, using.policy, using.prompts) if given is None else _ingested(run, "rankings", given)
     )
     return learned(run, run.base / "reward", using, [rankings])
-
-
-def _held_out_rankings(run: Run) -> Artifact | None:
-    wanted = run.experiment.data.held_out_rankings
-    return None if wanted is None else _ingested(run, "held_out_rankings", wanted)
 
 
 def _critic(run: Run, prompts: Artifact, policy: Artifact, reward_model: Artifact | None) -> Artifact | None:

@@ -29,10 +29,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.run import EXPERIMENT_FILE
+from flows.run import refuse_no_run
 from pipeline.artifacts import Artifact
 from pipeline.contracts import LABELS, SCORES
-from pipeline.errors import ArtifactError, GateError
+from pipeline.errors import GateError
 from pipeline.experiment import Gates
 from pipeline.grading.measures import clustered
 
@@ -124,8 +124,7 @@ def points_of(folder: Path) -> tuple[Point, ...]:
 
     Raises `ArtifactError` for a folder that is no run.
     """
-    if not (folder / EXPERIMENT_FILE).is_file():
-        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
+    refuse_no_run(folder)
     rounds = {int(here.name): _labels_in(here) for here in sorted(folder.glob("[0-9][0-9][0-9][0-9]"))}
     return tuple(point(number, labels) for number, labels in rounds.items() if labels and _twice_judged(labels))
 

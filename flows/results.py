@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.run import EXPERIMENT_FILE
+from flows.run import refuse_no_run
 from flows.tables import Sheet
 from pipeline import ragged
 from pipeline.artifacts import Artifact, InputRecord
@@ -110,8 +110,7 @@ def table(folders: Sequence[Path]) -> Sheet:
 
 def _ends(folder: Path) -> tuple[Evaluated, Evaluated]:
     """The first and the last policy of a run."""
-    if not (folder / EXPERIMENT_FILE).is_file():
-        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
+    refuse_no_run(folder)
     found = (Evaluated.open(folder, int(path.name)) for path in sorted((folder / "eval").glob("[0-9][0-9][0-9][0-9]")))
     there = [one for one in found if one.name is not None]
     if len(there) < 2 or there[0].iteration != 0:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts import MANIFEST, METRICS_FILE, Artifact
 from pipeline.contracts import METRICS
+from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment
 from pipeline.stage import Stage, StageSettings
 
@@ -90,6 +91,12 @@ class Outcome:
     before: Artifact | None
     """Labels of policy 0 on held-out prompts."""
     after: Artifact | None
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raise `ArtifactError` for a folder that is no run."""
+    if not (folder / EXPERIMENT_FILE).is_file():
+        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
 
 
 def path_of(artifact: Artifact | None) -> Path | None:
