@@ -12,8 +12,13 @@ An artifact is written into a scratch directory beside its place, named by the f
 computation finds its finished shards after a crash; one rename commits it. POSIX rename is atomic and refuses a
 directory that is not empty, so a reader sees all or nothing and of two writers one loses cleanly. Two writers of the
 same computation would share the scratch directory: the first holds a lock on its log, the second is turned away.
+
+    .part-NAME-FINGERPRINT8/     the scratch directory
+        part-00000.parquet ...   finished shards, believed only where working/parts.jsonl has their hash
+        working/                 what a stage keeps to go on from: it is never part of the artifact
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,15 +37,21 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from pipeline.contracts import CONTRACTS, Contract
-from pipeline.errors import ArtifactError, ContractError
+from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
+from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
 from pipeline.settings import Settings, explain
 
 MANIFEST, METRICS_FILE, LOG_FILE = "manifest.json", "metrics.parquet", "log.txt"
-_ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE})
+PRUNED = "PRUNED"
+"""Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
+SCRATCH = ".part-"
+"""How the names of scratch directories begin."""
+_WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
+_ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED})
 _ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
 
 
@@ -91,6 +102,14 @@ class Manifest(Settings):
     """Scalars that others may need: rows, groups_kept, cursor, seconds, ..."""
     made: dict[str, Any] = Field(default_factory=dict)
     """When, where and with what; tells of the making and is part of no name."""
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            if name.startswith("/") or ".." in Path(name).parts:
+                raise ValueError(f"file {name!r} leads out of the artifact")
+        return files
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -159,6 +178,44 @@ class Artifact:
         """All rows."""
         return pa.concat_tables(self.parts(columns))
 
+    @property
+    def pruned(self) -> bool:
+        """Whether the weights were deleted to save space."""
+        return (self.path / PRUNED).exists()
+
+    def faults(self) -> list[str]:
+        """What is not as the manifest says, a line each: files gone, of another size, of other bytes. Reads them all.
+
+        A pruned checkpoint may lack files; those that it has are looked at.
+        """
+        found = []
+        for name, record in sorted(self.manifest.files.items()):
+            path = self.path / name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                if not (self.pruned and isinstance(error, FileNotFoundError)):
+                    found.append(f"{name}: {'gone' if isinstance(error, FileNotFoundError) else error.strerror}")
+                continue
+            if size != record.bytes:
+                found.append(f"{name}: {size:,} bytes, made with {record.bytes:,}")
+            elif _hash_of(path) != record.blake2b:
+                found.append(f"{name}: other bytes than it was made with")
+        return found
+
+    def ensure_whole(self) -> None:
+        """Raise `ArtifactError` unless every file is there and has the bytes that the manifest names."""
+        if self.pruned:
+            raise ArtifactError(
+                "pruned: its weights were deleted to save space", str(self.path),
+                "make it again with `rlhf redo`, or take a checkpoint that still has them (`rlhf status`)",
+            )  # fmt: skip
+        if faults := self.faults():
+            raise ArtifactError(
+                f"not as it was made: {'; '.join(faults[:5])}", str(self.path),
+                "`rlhf verify` looks at everything, `rlhf redo RUN STAGE --iteration I` makes it again",
+            )  # fmt: skip
+
     def check(self) -> None:
         """Raise `ContractError` unless every part keeps the contract and no group or key straddles parts."""
         for path, part in zip(self.part_paths(), self.parts(), strict=True):
@@ -221,14 +278,26 @@ def _sha256(value: Any) -> str:
 
 def file_record(path: Path) -> FileRecord:
     """Size, hash and (for Parquet) rows of a file."""
-    with path.open("rb") as stream:
-        hashed = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
     rows = pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None
-    return FileRecord(bytes=path.stat().st_size, rows=rows, blake2b=hashed)
+    return FileRecord(bytes=path.stat().st_size, rows=rows, blake2b=_hash_of(path))
 
 
-def _file_records(directory: Path) -> dict[str, FileRecord]:
-    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+_hashed: dict[tuple[str, int, int, int], str] = {}
+
+
+def _hash_of(path: Path) -> str:
+    """Hash of the content; a file that is what it was by inode, size and time of change is hashed once."""
+    now = path.stat()
+    key = (str(path.absolute()), now.st_ino, now.st_size, now.st_ctime_ns)
+    if key not in _hashed:
+        with path.open("rb") as stream:
+            _hashed[key] = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+    return _hashed[key]
+
+
+def _file_records(directory: Path, without: Path | None = None) -> dict[str, FileRecord]:
+    paths = [path for path in directory.rglob("*") if path.is_file() and without not in path.parents]
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
     return {name: file_record(directory / name) for name in names if name not in _ABOUT_THE_MAKING}
 
 
@@ -255,13 +324,22 @@ class Outbox:
     stats: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.path = self.target.parent / f".part-{self.target.name}-{self.fingerprint[:8]}"
+        self.path = self.target.parent / f"{SCRATCH}{self.target.name}-{self.fingerprint[:8]}"
+        self.working = self.path / _WORKING
+        """What the stage keeps to go on from after a crash."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
         except OSError as error:
-            raise ArtifactError(f"cannot write: {error.strerror}", str(self.target), "choose another --out") from error
-        self._claim()
+            raise storage_error(error, self.target) from error
+        try:
+            self._claim()
+        except OSError as error:
+            self.close()
+            raise storage_error(error, self.target) from error
+        except BusyError:
+            self.close()
+            raise
         run, iteration = place_of(self.target)
         self.metrics = Metrics(run, iteration, self.target.name)
         self._started = time.monotonic()
@@ -271,17 +349,36 @@ class Outbox:
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self.close()
-            raise ArtifactError(
-                "another process is making it right now",
-                str(self.target),
+            raise BusyError(
+                f"{holder(self.working / _HOLDER)} is making it right now", str(self.target),
                 "wait for it and run again: it will be reused",
-            ) from error
+            ) from error  # fmt: skip
         if not (self.path / LOG_FILE).exists():
-            self.close()
-            raise ArtifactError("another process committed first", str(self.target), "run again: it will be reused")
-        for leftover in self.path.glob("*.tmp"):
-            leftover.unlink()
+            raise BusyError("another process committed first", str(self.target), "run again: it will be reused")
+        kept = {self.working.name, LOG_FILE, *self._finished()}
+        self.working.mkdir(exist_ok=True)
+        (self.working / _HOLDER).write_text(json.dumps(this_process()), encoding="utf-8")
+        for leftover in self.path.iterdir():
+            if leftover.name not in kept:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _finished(self) -> set[str]:
+        """Names of the parts that are there with the bytes that they were written with."""
+        noted: dict[str, str] = {}
+        if (self.working / _FINISHED).exists():
+            lines = (self.working / _FINISHED).read_text(encoding="utf-8").splitlines(keepends=True)
+            noted = dict(json.loads(line) for line in lines if line.endswith("\n"))
+        elif self.contract.is_table and (self.path / MANIFEST).exists():
+            files = Manifest.read(self.path).files
+            noted = {name: record.blake2b for name, record in files.items()}
+            self._note(noted)
+        return {name for name, made in noted.items() if _is_file_of(self.path / name, made)}
+
+    def _note(self, made: Mapping[str, str]) -> None:
+        """Keep the hashes of parts."""
+        self.working.mkdir(exist_ok=True)
+        with (self.working / _FINISHED).open("a", encoding="utf-8") as noted:
+            noted.writelines(json.dumps(item) + "\n" for item in made.items())
 
     def close(self) -> None:
         """Let go of the scratch directory and leave it as it is."""
@@ -300,7 +397,8 @@ class Outbox:
         self.contract.check(conformed, str(self.target))
         temporary = self._part(index).with_suffix(".tmp")
         pq.write_table(conformed, temporary, compression="zstd")
-        _flush(temporary)
+        flush(temporary)
+        self._note({self._part(index).name: _hash_of(temporary)})
         temporary.rename(self._part(index))
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -323,7 +421,7 @@ class Outbox:
         self.stats["seconds"] = round(time.monotonic() - self._started, 3)
         self.metrics.add("time/seconds", self.stats["seconds"], "s")
         self.metrics.write(self.path / METRICS_FILE)
-        files = _file_records(self.path)
+        files = _file_records(self.path, self.working)
         self._check_complete(files)
         if self.contract.is_table:
             self.stats["rows"] = sum(record.rows or 0 for record in files.values())
@@ -334,14 +432,20 @@ class Outbox:
         )  # fmt: skip
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _flush(temporary)
+        for path in (*(self.path / name for name in files), temporary):
+            flush(path)
         temporary.rename(self.path / MANIFEST)
+        shutil.rmtree(self.working)  # not before: the manifest knows the parts as well
+        flush(self.path)
         try:
             self.path.rename(self.target)
         except OSError as error:
-            raise ArtifactError(
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise BusyError(
                 f"another process committed first ({error.strerror})", str(self.target), "run again: it will be reused"
             ) from error
+        flush(self.target.parent)
         self.close()
         return Artifact(self.target, manifest)
 
@@ -355,9 +459,51 @@ class Outbox:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+def flush(path: Path) -> None:
+    """Have the file or directory on the disk itself before anything else is done."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_file_of(path: Path, hashed: str) -> bool:
+    try:
+        return _hash_of(path) == hashed
+    except OSError:
+        return False
+
+
+_OF_STORAGE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
+)
+_FULL = os.strerror(errno.ENOSPC)
+
+
+def storage_error(error: BaseException, target: Path) -> StorageError:
+    """What a failure of the file system means for the artifact at `target`."""
+    full = _is_full(error)
+    free = f", {shutil.disk_usage(_existing(target)).free / 2**20:,.0f} MiB free" if full else ""
+    why = "the disk is full" + free if full else getattr(error, "strerror", None) or str(error)
+    return StorageError(
+        f"cannot write: {why}", str(target),
+        "make room (`rlhf prune RUN` deletes old weights) and run again: what was finished is kept" if full
+        else "make it writable, or choose another --root or --out, and run again",
+    )  # fmt: skip
+
+
+def of_storage(error: BaseException) -> bool:
+    """Whether the file system failed, rather than a program. Libraries in Rust say it in words only."""
+    return _is_full(error) or (isinstance(error, OSError) and error.errno in _OF_STORAGE)
+
+
+def _is_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL in str(error)
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _circumstances() -> dict[str, Any]:

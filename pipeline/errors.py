@@ -6,7 +6,10 @@
     │   └── InputError            a file from outside cannot be used as asked (names file and line)
     ├── ContractError             a dataset breaks its schema or its invariants (names file, column, keys)
     ├── ArtifactError             an artifact is missing, of the wrong kind, in conflict, or pruned
-    ├── EngineError               the sampler failed; finished shards are kept
+    ├── StorageError              the disk is full, read-only or failing; nothing committed is harmed
+    ├── BusyError                 another process is at it (names which)
+    ├── EngineError               the sampler failed; finished responses are kept; worth another try
+    ├── GraderError               the graders failed as a whole; finished judgements are kept; worth another try
     ├── NumericsError             a loss is not finite, a log-probability is impossible (names the rows)
     ├── GateError                 what a run measured says that it should not go on; all of it stays readable
     └── WaitingError              people have to do something before the run can go on (names what and where)
@@ -63,8 +66,20 @@ class ArtifactError(PipelineError):
     exit_code = 2
 
 
+class StorageError(PipelineError):
+    """A file cannot be written or read: the disk is full, read-only or failing."""
+
+
+class BusyError(PipelineError):
+    """Another process holds what is asked for."""
+
+
 class EngineError(PipelineError):
-    """The sampler failed. What it had finished is kept."""
+    """The sampler failed. What it had finished is kept, and another try may go well."""
+
+
+class GraderError(PipelineError):
+    """The graders failed as a whole. What they had judged is kept, and another try may go well."""
 
 
 class NumericsError(PipelineError):

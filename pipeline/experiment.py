@@ -6,14 +6,17 @@ keeps (`experiment.toml`) holds the recipe in full, so that nothing is read from
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.algorithms.recipe import Recipe
 from pipeline.errors import ExperimentError
-from pipeline.settings import Settings, explain, override, read_toml, without_none
+from pipeline.settings import Settings, explain, override, plain_name, read_toml, without_none
+
+PlainName = Annotated[str, AfterValidator(plain_name)]
+"""A name that cannot leave its directory."""
 
 
 class Models(Settings):
@@ -197,16 +200,72 @@ class Evaluation(Settings):
     """Evaluate after every so many iterations as well; the first and the last policy always are."""
 
 
+Action = Literal["stop", "warn", "off"]
+"""What a gate does that fails: stop the run, say so and go on, or not look."""
+
+
 class Gates(Settings):
     """What a run has to measure up to in order to go on."""
 
-    reward_hacking: Literal["stop", "warn", "off"] = "stop"
+    malformed: Action = "stop"
+    """Where any response has no tokens, an end token that is not its last, or `stop` without one."""
+    truncation: Action = "warn"
+    """Where too many responses are cut at the length limit."""
+    truncation_most: float = Field(0.5, ge=0, le=1)
+    """Share of an iteration's responses."""
+    duplicates: Action = "warn"
+    """Where the responses to a prompt are nearly all the same: nothing is explored any more."""
+    duplicates_most: float = Field(0.99, ge=0, le=1)
+    """Mean over groups of (G - different) / (G - 1); 1 where every group has one response only."""
+    grader_failures: Action = "stop"
+    """Where the grader did not get through too many responses (timeouts, errors)."""
+    grader_failures_most: float = Field(0.05, ge=0, le=1)
+    """Share of an iteration's responses."""
+    zero_spread: Action = "warn"
+    """Where too many groups have one reward for all responses, and so give no signal against each other."""
+    zero_spread_most: float = Field(0.95, ge=0, le=1)
+    """Share of an iteration's groups."""
+    mismatch: Action = "stop"
+    """Where engine and trainer see different policies: stale weights, another dtype, a wrong tokenizer."""
+    mismatch_most: float = Field(0.05, gt=0)
+    """Mean over tokens of |sampler - trainer| log-probability, in nat: float32 is at 1e-6, bfloat16 at 0.01."""
+    divergence: Action = "warn"
+    """Where the policy has gone too far from the reference."""
+    divergence_most: float = Field(50.0, gt=0)
+    """Mean over responses of the sum of log-probability differences, in nat. Looked at where a reference is read."""
+    entropy: Action = "warn"
+    """Where the policy has become too sure of every token."""
+    entropy_least: float = Field(0.01, ge=0)
+    """Mean over tokens of the update's entropy, in nat."""
+    reward_hacking: Action = "stop"
     """When the reward model's score rises while accuracy by the reference answers falls: stop, say so, or do not look.
     Looked at where a reward model judges prompts that have answers."""
     reward_hacking_drop: float = Field(0.05, gt=0, lt=1)
     """Fall of the accuracy from its best that counts, both averaged over `reward_hacking_window` iterations."""
     reward_hacking_window: int = Field(3, ge=1)
     """Iterations whose mean is compared."""
+
+
+class Promotion(Settings):
+    """When a policy becomes the one that `RUN/promoted` points to. Asked after every evaluation."""
+
+    enabled: bool = True
+    """Off: nothing is promoted."""
+    metric: Literal["accuracy", "reward"] = "accuracy"
+    """What held-out labels are compared by: `correct` (where there are answers) or `reward`."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Of the interval, over prompts, of the mean difference from the present one; its lower end must not be below 0."""
+    approval: bool = False
+    """Wait for a person's word (resume or cancel in Prefect, or `rlhf run --approve`) before a policy is promoted."""
+
+
+class Fork(Settings):
+    """Where a run branches off another."""
+
+    run: str
+    """Directory of the run that is gone on from."""
+    at: int = Field(ge=0)
+    """First iteration of its own: what lies before is the other run's."""
 
 
 class Resources(Settings):
@@ -224,14 +283,24 @@ class Resources(Settings):
     """One answer's grading is killed after this time."""
     python: dict[str, str] = Field(default_factory=dict)
     """Stage name -> interpreter of its own environment (launcher `process`)."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings of a training in progress, from which it goes on after a crash; 0: none."""
+    retries: int = Field(2, ge=0)
+    """Further tries of a stage after a fault of its engine or graders; what is asked wrongly is never tried again."""
+    retry_seconds: float = Field(5.0, ge=0)
+    """Wait before the first further try; twice as long before each next."""
+    timeouts: dict[str, float] = Field(default_factory=dict)
+    """Stage name -> seconds after which it is ended as failed; none when absent."""
+    limits: dict[str, str] = Field(default_factory=dict)
+    """Hardware of a stage (`gpu`, `cpu`) -> name of the Prefect concurrency limit that it holds while it works."""
 
 
 class Experiment(Settings):
     """A run, resolved: everything that its stages read."""
 
-    name: str
+    name: PlainName
     """Of the run's directory."""
-    base: str
+    base: PlainName
     """The run that holds what all recipes on this data share: ingested data and the SFT policy."""
     seed: int = 0
     """Of everything random."""
@@ -257,6 +326,10 @@ class Experiment(Settings):
     """Sampling on held-out prompts."""
     gates: Gates = Gates()
     """What a run has to measure up to in order to go on."""
+    promotion: Promotion = Promotion()
+    """Which policy `RUN/promoted` points to."""
+    fork: Fork | None = None
+    """Where this run branches off another; it starts from scratch when absent."""
     resources: Resources = Resources()
     """How stages run."""
 

@@ -1,6 +1,7 @@
 """Settings: frozen, nothing extra, every field documented; TOML in, `a.b=c` overrides on top."""
 
 import copy
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,6 +58,15 @@ def _value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return read["value"] if len(read) == 1 else text  # several lines of text may look like more assignments
+
+
+def plain_name(name: str) -> str:
+    """`name`, if it names something inside a directory and cannot lead out of it. Raises `ValueError`."""
+    if not re.fullmatch(r"\w[\w .+=@-]*", name):
+        raise ValueError(
+            f"{name!r} is no plain name: letters, digits, '_', and after the first '.', '-', '+', '=', ' '"
+        )
+    return name
 
 
 def without_none(value: Any) -> Any:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,21 @@ from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints
 import tomli_w
 from pydantic import ValidationError
 
-from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of
+from pipeline.artifacts import (
+    Artifact,
+    InputRecord,
+    Manifest,
+    Outbox,
+    digest_of,
+    file_record,
+    fingerprint_of,
+    of_storage,
+    storage_error,
+)
 from pipeline.contracts import Contract
-from pipeline.errors import ArtifactError, ExperimentError, InputError, PipelineError, WaitingError
+from pipeline.errors import ArtifactError, BusyError, ExperimentError, InputError, PipelineError, WaitingError
 from pipeline.experiment import Experiment
+from pipeline.locks import PAUSE
 from pipeline.metrics import console
 from pipeline.settings import Settings, explain, override
 
@@ -128,23 +140,35 @@ class Stage:
         waited for.
         """
         opened, fingerprint = self._identify(settings, paths)
-        if (done := self._reuse(out, settings, opened, fingerprint)) is not None:
-            return done
-        for artifacts in opened.values():
-            for item in artifacts:
-                if isinstance(item, Artifact) and item.contract.is_table:
-                    item.check()
-        outbox = Outbox(
-            out, self.contract(settings), self.name, self.version, fingerprint,
-            settings.model_dump(mode="json"), _records(opened),
-        )  # fmt: skip
-        console.subject = f"{out.parent.name}/{out.name}"
+        looked_at = False
+        while (done := self._reuse(out, settings, opened, fingerprint)) is None:
+            if not looked_at:
+                _ensure_sound(opened)
+                looked_at = True
+            try:
+                outbox = Outbox(
+                    out, self.contract(settings), self.name, self.version, fingerprint,
+                    settings.model_dump(mode="json"), _records(opened),
+                )  # fmt: skip
+            except BusyError as busy:
+                console.progress(f"waiting: {busy.what}")
+                time.sleep(PAUSE)
+                continue
+            return self._made(outbox, settings, opened)
+        return done
+
+    def _made(self, outbox: Outbox, settings: StageSettings, opened: "Opened") -> Artifact:
+        console.subject = f"{outbox.target.parent.name}/{outbox.target.name}"
         try:
             self.function(self._inputs(opened), settings, outbox)
             return outbox.commit()
         except PipelineError as error:
             if error.exit_code == ExperimentError.exit_code or isinstance(error, WaitingError):
                 outbox.discard()
+            raise
+        except Exception as error:
+            if of_storage(error):
+                raise storage_error(error, outbox.target) from error
             raise
         finally:
             outbox.close()
@@ -345,6 +369,16 @@ def _open_file(path: Path) -> ForeignFile:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = digest_of({p.name if p == path else p.relative_to(path).as_posix(): file_record(p) for p in files})
     return ForeignFile(path, InputRecord(path=str(path), fingerprint=digest, digest=digest))
+
+
+def _ensure_sound(opened: Opened) -> None:
+    """Raise unless all inputs are as they were made, and tables keep their contract."""
+    for artifacts in opened.values():
+        for item in artifacts:
+            if isinstance(item, Artifact):
+                item.ensure_whole()
+                if item.contract.is_table:
+                    item.check()
 
 
 def _records(opened: Opened) -> dict[str, list[InputRecord]]:

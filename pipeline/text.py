@@ -24,7 +24,9 @@ class Chat:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                checkpoint, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"no tokenizer: {error}", str(checkpoint), "name a Hugging Face model directory"

@@ -48,7 +48,11 @@ class TransformersEngine:
         self._model = None
         with fatal(self, "loading the checkpoint", checkpoint), _no_progress_bar():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=_dtype(self.options.dtype), output_loading_info=True, local_files_only=True
+                checkpoint,
+                dtype=_dtype(self.options.dtype),
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
             if loading["missing_keys"]:
                 raise EngineError(f"no tensor for {sorted(loading['missing_keys'])}", where=str(checkpoint))

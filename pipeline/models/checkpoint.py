@@ -311,7 +311,7 @@ def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
     if family not in sort.families:
         what = f"no {sort.name} can be made of a {family}: transformers has no {sort.is_a[2:]} of that family"
         raise ExperimentError(what, where=str(path), do=do)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config.num_labels = 1
     if (path / "generation_config.json").exists():
         # A model with a head has no such file, and none of these may pad it.
@@ -336,7 +336,7 @@ def _open(path: Path, sort: _Sort, dtype: Any, **more: Any) -> tuple[Any, set[st
     try:
         with _no_progress_bar():
             model, loading = sort.loader.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, local_files_only=True, **more
+                path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False, **more
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"cannot load the {sort.name}: {error}", where=str(path)) from error

@@ -1,6 +1,7 @@
 """Artifacts: whole or absent, named by what they were made from and by what they hold."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of, place_of
 from pipeline.contracts import CRITIC, DOCUMENTS, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
-from pipeline.errors import ArtifactError, ContractError
+from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 
 FINGERPRINT = "ab" * 32
 
@@ -188,7 +189,7 @@ def test_of_two_computations_the_second_loses_and_the_first_stays(tmp_path):
     slow.write(0, part("slow"))
     fast.write(0, part("fast"))
     won = fast.commit()
-    with pytest.raises(ArtifactError, match="another process committed first"):
+    with pytest.raises(BusyError, match="another process committed first"):
         slow.commit()
     slow.discard()
     assert Artifact.open(tmp_path / "x") == won
@@ -198,7 +199,7 @@ def test_of_two_computations_the_second_loses_and_the_first_stays(tmp_path):
 def test_of_two_writers_of_one_computation_the_second_does_not_start(tmp_path):
     first = outbox(tmp_path / "x")
     first.write(0, part("a"))
-    with pytest.raises(ArtifactError, match="another process is making it right now"):
+    with pytest.raises(BusyError, match=rf"process {os.getpid()} on .* is making it right now"):
         outbox(tmp_path / "x")
     first.write(1, part("b"))
     assert first.commit().table().num_rows == 2
@@ -209,7 +210,7 @@ def test_of_two_writers_of_one_computation_the_second_does_not_start(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="cannot write") as caught:
+    with pytest.raises(StorageError, match="cannot write: Not a directory") as caught:
         outbox(tmp_path / "file" / "x")
     assert caught.value.where == str(tmp_path / "file" / "x")
 

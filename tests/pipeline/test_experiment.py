@@ -22,7 +22,7 @@ def refusal(path, *assignments, **choices):
     "assignments",
     [
         (),
-        ('name=ü "quoted"', "seed=7", "sft.enabled=true"),
+        ("name=ü 1.5 +x", "seed=7", "sft.enabled=true"),
         ("models.policy=some/where", "data.demonstrations=", "sft.enabled=false"),
     ],
 )

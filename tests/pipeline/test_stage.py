@@ -141,7 +141,7 @@ def test_a_wrong_input_is_refused_before_anything_runs(toy, documents, diary, tm
         part.write_bytes(part.read_bytes()[:-1])
     else:
         part.unlink()
-    with pytest.raises(ArtifactError, match="unreadable part"):
+    with pytest.raises(ArtifactError, match="not as it was made"):
         toy.toy.run(out, toy.Settings(), documents=one)
     assert diary("runs") == [] and not list(tmp_path.glob(".part-out*"))
 
