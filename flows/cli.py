@@ -27,12 +27,16 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")] = None,
     root: Root = Path("runs"),
     dry_run: Annotated[bool, typer.Option(help="Print the resolved experiment and what is there already.")] = False,
+    wait: Annotated[
+        bool, typer.Option(help="Wait where another process is at this run, instead of saying so.")
+    ] = False,
 ) -> None:
     """Run an experiment: foundations, loop, evaluation. Run it again to resume."""
     # Prefect's own lines would bury ours on the terminal; they still go to its server. It reads this on import.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from flows import execute, reports
-    from flows.run import Outcome
+    from flows import execute, promotion, reports
+    from flows.run import Outcome, Run, look_up
+    from pipeline.metrics import console
     from pipeline.experiment import Experiment
 
     resolved = Experiment.load(execute.find_experiment(experiment), changes or (), recipe, name)
@@ -40,8 +44,10 @@ def run(
     if dry_run:
         reports.plan(resolved, root, outcome)
         return
-    if not isinstance(outcome, Outcome):
-        execute.run_experiment(experiment, recipe, name, changes, str(root))
+    if isinstance(outcome, Outcome):
+        promotion.settle(Run(resolved, root, look_up, console.line))
+    else:
+        execute.run_experiment(experiment, recipe, name, changes, str(root), wait=wait)
         outcome = execute.finished(resolved, root)
     reports.summary(experiment, resolved, root, outcome)
 
@@ -121,6 +127,35 @@ def results(
     from flows import reports
 
     reports.results(folders)
+
+
+@app.command()
+def fork(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    at: Annotated[int, typer.Option(help="First iteration of the new run; what lies before is shared.", min=0)],
+    name: Annotated[str, typer.Option("--as", help="Name of the new run.")],
+    recipe: Annotated[str | None, typer.Option(help="Another recipe than the run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
+) -> None:
+    """A new run that goes on from where another one stood; nothing is copied."""
+    from flows.forking import fork as write
+
+    file = write(folder, at, name, recipe, tuple(changes or ()))
+    sys.stdout.write(
+        f"{name} goes on from iteration {at} of {folder}\n\nnext:\n  rlhf run {file} --root {file.parents[1]}\n"
+    )
+
+
+@app.command()
+def promote(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    refuse: Annotated[bool, typer.Option(help="The policy that waits is not to be promoted.")] = False,
+) -> None:
+    """A person's word: promote the policy that waits for it (setting promotion.approval), or refuse it."""
+    from flows import promotion
+    from pipeline.metrics import console
+
+    promotion.promote(folder, console.line, refused=refuse)
 
 
 def main() -> None:

@@ -58,10 +58,12 @@ def evaluate(run: Run, base: Foundations, policy: Artifact, iteration: int) -> A
     if answered(held_out):
         changes |= {"label": VERIFIER}
     judging = LabelSettings.of(run.experiment, changes)
-    return run.do(
+    labels = run.do(
         label, where / "labels", judging, rollouts=rollouts.path, prompts=held_out.path,
         judgements=scores if "label" not in changes else None,
     )  # fmt: skip
+    run.after_evaluation(run)
+    return labels
 
 
 def _scores(run: Run, base: Foundations, policy: Artifact, out: Path, rollouts: Artifact) -> Path | None:

@@ -7,8 +7,10 @@ from prefect import flow, runtime
 from flows import hacking
 from flows.evaluate import evaluate
 from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, ranks_candidates
+from flows.forking import branch
 from flows.foundations import foundations
 from flows.online import online
+from flows.promotion import settle
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
 from pipeline.algorithms.bind import bind
@@ -49,13 +51,17 @@ def check(experiment: Experiment) -> None:
         stage.settings_type.of(experiment)
 
 
-def walk(run: Run) -> Outcome:
-    """Perform everything, in order. What `run.perform` does decides whether this works or only looks."""
+def walk(run: Run, at_most: int | None = None) -> Outcome:
+    """Perform everything, in order. What `run.perform` does decides whether this works or only looks.
+
+    `at_most` ends it after so many new iterations; the outcome then has no last evaluation.
+    """
     check(run.experiment)
-    base = foundations(run)
-    before = evaluate(run, base, base.policy, 0)
-    policy = online(run, base)
-    return Outcome(policy, before, evaluate(run, base, policy, run.experiment.scale.iterations))
+    base, start, first = branch(run, foundations(run))
+    before = evaluate(run, base, start.policy, first)
+    policy, reached = online(run, base, start, first, at_most)
+    total = run.experiment.scale.iterations
+    return Outcome(policy, before, evaluate(run, base, policy, total) if reached == total else None)
 
 
 def finished(experiment: Experiment, root: Path) -> Outcome | MissingError:
@@ -96,19 +102,25 @@ def run_experiment(
     name: str | None = None,
     changes: list[str] | None = None,
     root: str = "runs",
+    at_most: int | None = None,
+    wait: bool = False,
 ) -> str:
-    """Run an experiment to its end; run it again and it resumes. Returns the directory of the last policy."""
+    """Run an experiment to its end, or `at_most` so many iterations further; run it again and it resumes.
+
+    Returns the directory of the last policy. Raises `BusyError` where another process is at this run, unless told to
+    `wait` for it.
+    """
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
     finished(resolved, Path(root))  # a place taken by another computation is told before anything is written
-    run = Run(resolved, Path(root), as_task, console.line)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.file.write_text(resolved.dump(), encoding="utf-8")
-    console.line(
-        f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
-    )
-    try:
-        outcome = walk(run)
-    finally:  # what a run that stopped has measured is to be seen as well
-        write_metrics(run.folder)
-        hacking.draw([run.folder])
+    run = Run(resolved, Path(root), as_task, console.line, settle)
+    with run.held(wait=wait):
+        run.write_experiment()
+        console.line(
+            f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
+        )
+        try:
+            outcome = walk(run, at_most)
+        finally:  # what a run that stopped has measured is to be seen as well
+            write_metrics(run.folder)
+            hacking.draw([run.folder])
     return str(outcome.policy.path)

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flows.gates import WORST, responses, shown
 from flows.run import refuse_no_run
 from pipeline.artifacts import Artifact
 from pipeline.contracts import LABELS, SCORES
@@ -37,12 +38,6 @@ from pipeline.experiment import Gates
 from pipeline.grading.measures import clustered
 
 PICTURE = "reward_hacking.html"
-
-WORST = 5
-"""Rows that an error shows."""
-
-SHOWN = 100
-"""Characters of a response that it shows."""
 
 
 @dataclass(frozen=True)
@@ -200,16 +195,8 @@ def _worst(rollouts: Sequence[Artifact], labels: Sequence[Artifact]) -> list[str
     order = [("reward", "descending"), ("prompt_id", "ascending"), ("sample", "ascending")]
     wrong = _sampled(labels).filter(~pc.field("gold")).sort_by(order).slice(0, WORST)
     wanted = {(row["prompt_id"], row["sample"]): row["reward"] for row in wrong.to_pylist()}
-    texts: dict[tuple[str, int], str] = {}
-    for artifact in rollouts:
-        for part in artifact.parts(["prompt_id", "sample", "response"]):
-            of_wanted = part.filter(pc.is_in(part["prompt_id"], wrong["prompt_id"].combine_chunks()))
-            texts |= {(row["prompt_id"], row["sample"]): row["response"] for row in of_wanted.to_pylist()}
-    return [f"  {key[0]}/{key[1]}  {score:+.3f}  {_short(texts[key])}" for key, score in wanted.items()]
-
-
-def _short(text: str) -> str:
-    return json.dumps(text[:SHOWN], ensure_ascii=False) + "..." * (len(text) > SHOWN)
+    texts = responses(set(wanted), rollouts)
+    return [f"  {key[0]}/{key[1]}  {score:+.3f}  {shown(texts[key])}" for key, score in wanted.items()]
 
 
 COLOURS = ("#2f7ed8", "#e8743b", "#19a979", "#c65db7", "#a08a1f", "#7d6ee7", "#13a4b4", "#e5596f")

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Self
 
-from flows import hacking
+from flows import gates, hacking
 from flows.evaluate import evaluate
 from flows.feedback import Feedback, renewed
 from flows.foundations import Foundations, judged
@@ -85,21 +85,27 @@ class Collected:
         return (self.kept + surplus * seen / rows) / seen
 
 
-def online(run: Run, base: Foundations) -> Artifact:
-    """Walk the loop `scale.iterations` times and return the last policy."""
-    now, total, started = Now.start(base), run.experiment.scale.iterations, time.monotonic()
-    for number in range(total):
+def online(run: Run, base: Foundations, now: Now, first: int, at_most: int | None = None) -> tuple[Artifact, int]:
+    """Walk the loop from iteration `first` to `scale.iterations`; return the last policy and where it stands.
+
+    `at_most` ends the walk after so many iterations that were not there yet.
+    """
+    total, started, new = run.experiment.scale.iterations, time.monotonic(), 0
+    for number in range(first, total):
+        if new == at_most:
+            return now.policy, number
+        new += not (run.iteration(number) / "policy").exists()
         began = time.monotonic()
         made, now = iterate(run, base, now, number)
         spent = time.monotonic() - began
-        left = (time.monotonic() - started) / (number + 1) * (total - number - 1)
+        left = (time.monotonic() - started) / (number + 1 - first) * (total - number - 1)
         run.say(_line(number, total, made, run.experiment.scale.groups, spent, left))
         if made.kept < run.experiment.scale.groups:
             run.say(f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0))
         every = run.experiment.evaluation.every
         if every and (number + 1) % every == 0 and number + 1 < total:
             evaluate(run, base, now.policy, number + 1)
-    return now.policy
+    return now.policy, total
 
 
 def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, Now]:
@@ -117,6 +123,7 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         asked = {MODEL_OF[need]: path_of(models[MODEL_OF[need]]) for need in needs}
         settings = ScoreSettings.of(experiment)
         scores = run.do(score, here / "scores", settings, rollouts=rollouts, labels=labels, **asked)
+        gates.look(run, scores, made.rollouts)
     table = run.do(
         advantage,
         here / "advantages",
@@ -137,6 +144,7 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         policy=now.policy.path,
         documents=path_of(base.documents) if experiment.recipe.mix is not None else None,
     )
+    gates.look(run, policy, made.rollouts)
     scale = _next_scale(experiment.recipe.kl_controller, now.divergence_scale, scores)
     return made, replace(after, policy=policy, critic=critic, divergence_scale=scale)
 
@@ -188,11 +196,13 @@ def collect(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
         )
         prompts = base.prompts.path
         rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts, policy=now.policy.path)
+        gates.look(run, rollouts, [rollouts])
         judgements = judged(run, here / f"judgements-{turn}", rollouts, now.reward_model)
         judging = LabelSettings.of(run.experiment, {"room": room})
         labels = run.do(
             label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts, judgements=judgements
         )
+        gates.look(run, labels, [rollouts])
         made = Collected((*made.rollouts, rollouts), (*made.labels, labels))
         cursor, rate = int(rollouts.stats["cursor"]), made.passed
         if made.kept >= wanted:

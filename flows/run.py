@@ -1,6 +1,7 @@
 """A run: where its artifacts lie, and how a stage is performed. All state is read back from manifests."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,9 +13,10 @@ from pipeline.artifacts import MANIFEST, METRICS_FILE, Artifact
 from pipeline.contracts import METRICS
 from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment
+from pipeline.locks import held
 from pipeline.stage import Stage, StageSettings
 
-EXPERIMENT_FILE = "experiment.toml"
+EXPERIMENT_FILE, LOCK_FILE = "experiment.toml", ".lock"
 
 
 class Perform(Protocol):
@@ -49,6 +51,10 @@ def silent(line: str) -> None:
     """Keep a line to yourself."""
 
 
+def nothing(run: "Run") -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One experiment, executed in `root/NAME`; what recipes share lies in `root/BASE`."""
@@ -58,6 +64,8 @@ class Run:
     perform: Perform
     say: Callable[[str], None] = silent
     """Told how the loop goes, a line per iteration; nobody is, unless somebody asks."""
+    after_evaluation: Callable[["Run"], None] = nothing
+    """Called when a policy has been evaluated on held-out prompts."""
 
     @property
     def folder(self) -> Path:
@@ -73,6 +81,17 @@ class Run:
     def file(self) -> Path:
         """The resolved experiment."""
         return self.folder / EXPERIMENT_FILE
+
+    def held(self, *, wait: bool = False) -> AbstractContextManager[None]:
+        """Keep other processes from working on this run. Raises `BusyError` that names the one at it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return held(self.folder / LOCK_FILE, f"the run {self.experiment.name}", wait=wait)
+
+    def write_experiment(self) -> None:
+        """Leave the resolved experiment in the run, whole."""
+        temporary = self.folder / f"{EXPERIMENT_FILE}.tmp"
+        temporary.write_text(self.experiment.dump(), encoding="utf-8")
+        temporary.rename(self.file)
 
     def iteration(self, number: int) -> Path:
         """Directory of one walk of the loop."""

@@ -256,14 +256,16 @@ class Promotion(Settings):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Of the interval, over prompts, of the mean difference from the present one; its lower end must not be below 0."""
     approval: bool = False
-    """Wait for a person's word (resume or cancel in Prefect, or `rlhf run --approve`) before a policy is promoted."""
+    """Wait for a person's word before a policy is promoted: `rlhf promote RUN`, or in Prefect a run that pauses."""
+    approval_seconds: float = Field(86400.0, gt=0)
+    """How long a run in Prefect pauses for that word; afterwards it goes on, and the policy is not promoted yet."""
 
 
 class Fork(Settings):
     """Where a run branches off another."""
 
-    run: str
-    """Directory of the run that is gone on from."""
+    run: PlainName
+    """Name of the run, in the same root, that is gone on from."""
     at: int = Field(ge=0)
     """First iteration of its own: what lies before is the other run's."""
 
