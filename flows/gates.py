@@ -20,6 +20,7 @@ from pipeline import ragged
 from pipeline.artifacts import Artifact
 from pipeline.errors import GateError
 from pipeline.experiment import Gates
+from pipeline.wellformed import malformed
 
 WORST = 5
 """Rows that an error shows."""
@@ -118,8 +119,6 @@ def _keyed(table: pa.Table, bad: Iterable[float], chosen: np.ndarray | None = No
 
 
 def _malformed(artifact: Artifact, _: Sequence[Artifact]) -> Rows:
-    from stages.rollout import malformed  # TEMP
-
     rows: Rows = []
     for part in artifact.parts():
         rows += _keyed(part, ragged.lengths(part["response_tokens"]).tolist(), malformed(part))

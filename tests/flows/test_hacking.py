@@ -59,7 +59,7 @@ def test_score_up_and_gold_down_is_told_by_hand():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(1, 4), st.randoms())
 def test_never_while_gold_does_not_fall(golds, window, random):
-    scores = [random.gauss(0, 1) for _ in golds]
+    scores = [random.uniform(-3, 3) for _ in golds]
     points = run_of(sorted(golds), scores, error=0.0)
     assert first_alarm(points, Gates(reward_hacking_window=window)) is None
 

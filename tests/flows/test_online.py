@@ -84,7 +84,7 @@ def test_surplus_groups_are_kept_on_disk_and_marked(make):
 
 def test_without_any_mixed_group_the_policy_stays(make, capsys):
     run, base = make(lambda number: False)
-    assert online(run, base).path == base.policy.path
+    assert online(run, base, Now.start(base), 0)[0].path == base.policy.path
     assert not (run.folder / "0000/policy").exists()
     assert (run.folder / "0000/labels-1").exists()
     reasons = Artifact.open(run.folder / "0000/labels-1").table()["dropped"].to_pylist()
@@ -93,7 +93,7 @@ def test_without_any_mixed_group_the_policy_stays(make, capsys):
 
 def test_a_short_iteration_trains_on_what_there_is(make):
     run, base = make(lambda number: number == 0, "scale.groups=20", "recipe_changes.dapo.update.minibatches=1")
-    policy = online(run, base)
+    policy = online(run, base, Now.start(base), 0)[0]
     assert policy.path == run.folder / "0000/policy"
     table = Artifact.open(run.folder / "0000/advantages").table()
     drawn = sorted(set(table["prompt_id"].to_pylist()))
@@ -103,7 +103,7 @@ def test_a_short_iteration_trains_on_what_there_is(make):
 
 def test_the_cursor_goes_on_where_the_last_iteration_stopped(make):
     run, base = make(lambda number: True, "scale.iterations=2")
-    online(run, base)
+    online(run, base, Now.start(base), 0)
     ids = [
         set(Artifact.open(run.folder / f"{i:04d}/rollouts-0").table()["prompt_id"].to_pylist()) for i in range(2)
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_resuming_performs_only_what_is_missing(make):
     import shutil
 
     run, base = make(lambda number: True)
-    online(run, base)
+    online(run, base, Now.start(base), 0)
     digest = Artifact.open(run.folder / "0000/policy").manifest.digest
     shutil.rmtree(run.folder / "0000/policy")
     shutil.rmtree(run.folder / "0000/advantages")
@@ -125,7 +125,7 @@ def test_resuming_performs_only_what_is_missing(make):
             performed.append(stage.name)
         return stage.run(out, settings, **paths)
 
-    online(Run(run.experiment, run.root, counting), base)
+    online(Run(run.experiment, run.root, counting), base, Now.start(base), 0)
     assert performed == ["advantage", "update"]
     assert Artifact.open(run.folder / "0000/policy").manifest.digest == digest
 
