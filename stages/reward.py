@@ -1,6 +1,5 @@
 """rankings, policy or reward_model (, demonstrations) -> reward_model: the better response gets the higher score."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from pipeline.training.comparisons import measures
 from pipeline.training.loop import Plan, fit
 from pipeline.training.optimizer import adamw, cosine
 from pipeline.training.preference import Compared, Element, Preference, elements, scored
+from pipeline.training.progress import Progress
 
 PAIRS = "pairs.parquet"
 """Beside the model: every comparison that it was measured by, and what it said of it."""
@@ -65,6 +65,8 @@ class Settings(StageSettings):
     """A ranking with a longer prompt and response is left out and counted, never cut; so is a demonstration."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Tokens that fit into memory at once; a prompt with its responses is never divided."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
     seed: int = 0
     """Of the run: a new head, the order of the prompts and what is held out follow from it."""
 
@@ -76,6 +78,7 @@ class Settings(StageSettings):
             **experiment.reward.model_dump(), "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
             "tokens": scale.prompt_tokens + scale.response_tokens,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
+            "save_every": experiment.resources.save_every,
         }  # fmt: skip
 
 
@@ -201,15 +204,16 @@ def _train(
     best = _best(model, held_out, settings, out) if settings.check_every else None
     steps_per_epoch = max(1, round(len(trained) / settings.batch))
     steps = batches.dealt(len(trained), settings.epochs, steps_per_epoch, derive(settings.seed, "reward"))
-    plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip)
+    plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, seed=settings.seed)
     schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     objective = Preference(trained, settings.margin)
-    started = time.monotonic()
-    taken = fit(model, objective, optimizer, schedule, plan, out.metrics, None if best is None else best.after_step)
-    seconds = time.monotonic() - started
-    read = Compared.of(trained).counts[np.concatenate(steps[:taken])].sum()
-    out.metrics.add("speed/pairs_per_second", read / max(seconds, 1e-9), "pairs/s")
+    progress = Progress(out, settings.save_every)
+    taken = fit(model, objective, optimizer, schedule, plan, out.metrics, best, progress)
+    read = np.concatenate(steps[:taken])
+    pairs_per_token = Compared.of(trained).counts[read].sum() / objective.lengths[read].sum()
+    speed = out.metrics.last()["speed/tokens_per_second"] * pairs_per_token
+    out.metrics.add("speed/pairs_per_second", speed, "pairs/s")
     out.stats["steps"] = taken
     if best is not None:
         best.restore(taken)

@@ -22,6 +22,7 @@ from pipeline.training.batches import Rows
 from pipeline.training.imitation import Example, Imitation, windows
 from pipeline.training.loop import Plan, fit
 from pipeline.training.optimizer import adamw, cosine
+from pipeline.training.progress import Progress
 
 
 class Settings(StageSettings):
@@ -49,6 +50,8 @@ class Settings(StageSettings):
     """Longer demonstrations are left out and counted, never cut; longer documents are cut into windows."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
     seed: int = 0
     """Of the run: a new model's weights and the order of the rows follow from it."""
 
@@ -66,6 +69,7 @@ class Settings(StageSettings):
             **plan, "new": models.new if models.policy is None else None, "gradient_clip": scale.gradient_clip,
             "tokens": scale.prompt_tokens + scale.response_tokens, "seed": experiment.seed,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
+            "save_every": experiment.resources.save_every,
         }  # fmt: skip
 
 
@@ -132,11 +136,12 @@ def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     steps = mixed(len(demonstrations), len(documents), settings)
     taken = sum(int((rows >= len(demonstrations)).sum()) for rows in steps)
     out.metrics.add("rows/documents", taken, "rows")
-    plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip)
+    plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, seed=settings.seed)
     schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     objective = Imitation([*demonstrations, *documents])
-    out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics)
+    progress = Progress(out, settings.save_every)
+    out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics, progress=progress)
     checkpoint.save(model, chat.tokenizer, out.path)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import ADVANTAGES, DOCUMENTS, POLICY
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
+from pipeline.metrics import Metrics
 from pipeline.models import checkpoint
 from pipeline.models.device import device
 from pipeline.models.forward import response_logprobs
@@ -31,6 +33,7 @@ from pipeline.training.batches import Rows
 from pipeline.training.imitation import Example, Imitation, windows
 from pipeline.training.loop import Losses, Objective, Plan, fit
 from pipeline.training.optimizer import adamw, constant, load_state, save_state
+from pipeline.training.progress import Progress
 
 
 class Settings(StageSettings):
@@ -56,6 +59,8 @@ class Settings(StageSettings):
     """Longest gradient; a longer one is scaled down to it."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
     seed: int = 0
     """Of the run: the order of the rows follows from it."""
 
@@ -68,6 +73,7 @@ class Settings(StageSettings):
             "loss": recipe.loss, "update": recipe.update, "temperature": recipe.temperature, "mix": recipe.mix,
             "document_tokens": scale.prompt_tokens + scale.response_tokens,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens, "seed": experiment.seed,
+            "save_every": experiment.resources.save_every,
             **{name: getattr(scale, name) for name in named},
         }  # fmt: skip
 
@@ -269,14 +275,23 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     average = None if plan.ema is None else Average(model, plan.ema, inputs.policy.path)
     taken = fit(
         model, objective, optimizer, constant(settings.warmup_steps),
-        Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, taken), out.metrics,
-        None if average is None else average.after_step,
+        Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, taken, settings.seed), out.metrics,
+        average, Progress(out, settings.save_every),
     )  # fmt: skip
-    out.stats["steps"] = taken
+    out.stats |= {"steps": taken, **told(out.metrics)}
     checkpoint.save(model, tokenizer, out.path)
     save_state(optimizer, taken, out.path)
     if average is not None:
         average.save(tokenizer, out.path)
+
+
+def told(metrics: Metrics) -> dict[str, float]:
+    """What gates between stages look at, of the steps of this update; what was not measured is left out."""
+    over_steps: dict[str, Callable[[list[float]], Any]] = {
+        "entropy/mean": np.mean, "ratio/max": max, "grad/norm": max, "kl/old": itemgetter(-1),
+    }  # fmt: skip
+    found = {name: [row["value"] for row in metrics.rows if row["name"] == name] for name in over_steps}
+    return {name: float(over_steps[name](values)) for name, values in found.items() if values}
 
 
 def _mixed(

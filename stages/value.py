@@ -1,7 +1,7 @@
 """advantages (, critic, policy, reward_model) -> critic: regression on returns, before the loop and in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from pipeline.training.batches import Rows
 from pipeline.training.explained import Convergence, Explained
 from pipeline.training.loop import Losses, Plan, fit
 from pipeline.training.optimizer import adamw, constant, load_state, save_state
+from pipeline.training.progress import Progress, State
 
 PRETRAINING_LOSS = Line(kind="value_squared")
 """Plain regression, as in algorithm 1 of arXiv:2503.01491: there are no old values to stay near to."""
@@ -67,6 +68,8 @@ class Settings(StageSettings):
     """Longest gradient; a longer one is scaled down to it."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
     seed: int = 0
     """Of the run: a new head, the order of the rows and what is held out follow from it."""
 
@@ -89,6 +92,7 @@ class Settings(StageSettings):
             "learning_rate": plan.learning_rate or scale.learning_rate, "warmup_steps": plan.warmup_steps,
             "weight_decay": plan.weight_decay, "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
+            "save_every": experiment.resources.save_every,
             **(pretraining if changes.get("steps") is not None else {}),
         }  # fmt: skip
 
@@ -201,6 +205,15 @@ class Watch:
         self._record(self.seen[taken], taken)
         return self.convergence.reached(self.seen[taken])
 
+    def state(self) -> State:
+        """How far from converged the critic is. What was seen besides can be seen again."""
+        return State({}, {"convergence": self.convergence and asdict(self.convergence)})
+
+    def resume(self, state: State) -> None:
+        """Be that far."""
+        kept = state.values["convergence"]
+        self.convergence = kept and Convergence(**kept)
+
     def end(self, taken: int) -> None:
         """Measure the trained critic and say how it went."""
         before = self.seen[min(self.seen)]
@@ -303,8 +316,10 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         out.metrics.add("rows/held_out", len(apart), "rows")
         watch = Watch(objective, model, apart if len(apart) else trained, settings, out)
         watch.begin(taken)
-        plan = Plan(dealt(trained, settings, taken), settings.micro_batch_tokens, settings.gradient_clip, taken)
-        taken = fit(model, objective, optimizer, constant(settings.warmup_steps), plan, out.metrics, watch.after_step)
+        steps = dealt(trained, settings, taken)
+        plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, taken, settings.seed)
+        schedule, progress = constant(settings.warmup_steps), Progress(out, settings.save_every)
+        taken = fit(model, objective, optimizer, schedule, plan, out.metrics, watch, progress)
         watch.end(taken)
     out.stats["steps"] = taken
     checkpoint.save(model, Chat(start).tokenizer, out.path)

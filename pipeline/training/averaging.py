@@ -8,6 +8,7 @@ import torch
 
 from pipeline.errors import ArtifactError
 from pipeline.models import checkpoint
+from pipeline.training.progress import State, Weights
 
 FOLDER = "ema"
 """Where the average lies in a policy: an ordinary Hugging Face directory."""
@@ -46,6 +47,14 @@ class Average:
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight.float(), 1 - self.decay)
         return False
+
+    def state(self) -> State:
+        """The average so far."""
+        return Weights(self.average).state()
+
+    def resume(self, state: State) -> None:
+        """Go on from that average."""
+        Weights(self.average).resume(state)
 
     def save(self, tokenizer: Any, policy: Path) -> None:
         """Write the average into the directory of the policy."""

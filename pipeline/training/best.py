@@ -13,6 +13,7 @@ from pipeline.algorithms.losses import ranking
 from pipeline.metrics import Metrics
 from pipeline.training.comparisons import Comparisons, agreement
 from pipeline.training.preference import Compared, Element, scored
+from pipeline.training.progress import State
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ def _comparisons(
     )  # fmt: skip
 
 
+_KNOWN = ("accuracy", "loss", "step", "stale")
+"""What `Best` remembers beside the weights."""
+
+
 @dataclass
 class Best:
     """Looks at a model every so many optimizer steps, remembers its best weights, and says when to stop."""
@@ -94,6 +99,16 @@ class Best:
         if taken % self.every == 0:
             self._look(taken)
         return self.stale >= self.patience
+
+    def state(self) -> State:
+        """The best weights so far, and what is known of them."""
+        return State(self.weights, {name: getattr(self, name) for name in _KNOWN})
+
+    def resume(self, state: State) -> None:
+        """Take those for the best."""
+        self.weights = {name: value.clone() for name, value in state.tensors.items()}
+        for name in _KNOWN:
+            setattr(self, name, state.values[name])
 
     def _look(self, taken: int) -> None:
         self.model.eval()

@@ -6,7 +6,7 @@ sum of weight times token loss. So neither the cut nor padding can change the gr
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericsError
 from pipeline.metrics import Metrics, console
+from pipeline.seeds import derive
 from pipeline.training import batches
 from pipeline.training.batches import Rows
-from pipeline.training.optimizer import Schedule
+from pipeline.training.optimizer import Moments, Schedule
+from pipeline.training.progress import Progress, Stateful, Weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ class Objective(Protocol):
         ...
 
 
+class Watcher(Stateful, Protocol):
+    """Whoever looks at the model while it is trained."""
+
+    def after_step(self, taken: int) -> bool:
+        """Whether to end the training, after `taken` optimizer steps in all."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to walk over the rows."""
@@ -67,6 +77,8 @@ class Plan:
     """Longest gradient; a longer one is scaled down to it."""
     first_step: int = 0
     """Steps taken before, by earlier iterations: the schedule goes on from there."""
+    seed: int = 0
+    """Of what is random in a step, where the model has dropout: a function of it and of the steps taken before."""
 
 
 def fit(
@@ -76,23 +88,31 @@ def fit(
     schedule: Schedule,
     plan: Plan,
     metrics: Metrics,
-    after_step: Callable[[int], bool] | None = None,
+    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Train and return the number of steps taken in all, earlier ones included.
 
-    After each step `after_step` is called with that number; the training ends early when it returns True.
-    Raises `NumericsError` naming the rows when a loss or gradient is not finite; the model is then not to be used.
+    After each step the watcher is told that number; the training ends early when it says so. With `progress`, whose
+    metrics these are, a training that was killed goes on where it was saved last, and ends with the same bits.
+    Raises `NumericsError` naming the rows when a loss or gradient is not finite, or the tensor when weights are not;
+    the model is then not to be used.
     """
     model.train()
     peaks = [group["lr"] for group in optimizer.param_groups]
-    started, seen, taken = time.monotonic(), 0, plan.first_step
-    for step, rows in enumerate(plan.steps, start=1):
+    parts: dict[str, Stateful] = {"model": Weights(model), "optimizer": Moments(optimizer)}
+    if watcher is not None:
+        parts["watcher"] = watcher
+    before = 0 if progress is None else progress.resume(parts, len(plan.steps))
+    started, seen, taken = time.monotonic(), 0, plan.first_step + before
+    for step, rows in enumerate(plan.steps[before:], start=before + 1):
+        torch.manual_seed(derive(plan.seed, "dropout", taken))
         share = schedule(taken)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
+        _set_rates(optimizer, peaks, share)
         numbers = _backward(model, objective, rows, plan.micro_batch_tokens)
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip))
         if not (math.isfinite(norm) and math.isfinite(numbers["loss/total"])):
+            _refuse_overflow(model, taken)
             raise _not_finite(model, objective, rows, plan.micro_batch_tokens)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -101,14 +121,16 @@ def fit(
         numbers |= {"grad/norm": norm, "learning_rate": peaks[0] * share}
         for name, value in numbers.items():
             metrics.add(name, value, _UNITS.get(name, ""), taken)
-        console.progress(_line(step, len(plan.steps), numbers["loss/total"], started, seen))
-        if after_step is not None and after_step(taken):
+        console.progress(_line(step, step - before, len(plan.steps), numbers["loss/total"], started, seen))
+        if watcher is not None and watcher.after_step(taken):
             break
+        if progress is not None:
+            progress.after_step(step, parts)
     seconds = time.monotonic() - started
     metrics.add("speed/tokens_per_second", seen / max(seconds, 1e-9), "tokens/s")
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak
+    _set_rates(optimizer, peaks, 1.0)
     model.eval()
+    _refuse_overflow(model, taken)
     return taken
 
 
@@ -119,6 +141,11 @@ _UNITS = {
     "loss/value": "reward^2",
     "value/mean": "reward",
 }
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], share: float) -> None:
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * share
 
 
 def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
@@ -153,7 +180,14 @@ def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int)
     )
 
 
-def _line(step: int, total: int, loss: float, started: float, tokens: int) -> str:
+def _refuse_overflow(model: nn.Module, taken: int) -> None:
+    """Raise for weights that a step has made infinite though its gradient was finite."""
+    for name, weights in model.named_parameters():
+        if not bool(weights.isfinite().all()):
+            raise NumericsError(f"weights are not finite after step {taken}", name, "lower the learning rate")
+
+
+def _line(step: int, here: int, total: int, loss: float, started: float, tokens: int) -> str:
     seconds = time.monotonic() - started
-    left = seconds / step * (total - step)
+    left = seconds / here * (total - step)
     return f"step {step}/{total}  loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s  {left:.0f} s left"

@@ -1,18 +1,22 @@
 """AdamW, learning-rate schedules, and the state that a checkpoint carries in its `trainer/` folder."""
 
+import json
 import math
-import pickle
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError
+from pipeline.training.progress import UNREADABLE, State, write_tensors
 
 TRAINER = "trainer"
-_STATE = "state.pt"
+_STATE, _TENSORS = "state.json", "optimizer.safetensors"
 
 BETAS = (0.9, 0.95)
 """InstructGPT's (arXiv:2203.02155, appendix C); the other papers name none."""
@@ -46,11 +50,45 @@ def cosine(warmup: int, total: int, final_share: float) -> Schedule:
     return share
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW remembers of every parameter. Its learning rate and weight decay are settings, and no part of that."""
+
+    optimizer: torch.optim.Optimizer
+
+    def state(self) -> State:
+        """Tensors by number of the parameter and name (`0.exp_avg`); parameters per group."""
+        known = self.optimizer.state_dict()["state"]
+        tensors = {f"{number}.{name}": value for number, of in known.items() for name, value in of.items()}
+        return State(tensors, {"groups": self._sizes()})
+
+    def resume(self, state: State) -> None:
+        """Remember that instead. Raises `ValueError`, and changes nothing, where it is of other parameters."""
+        if (sizes := state.values.get("groups")) != self._sizes():
+            raise ValueError(f"made for groups of {sizes} parameters, this model has {self._sizes()}")
+        known: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in state.tensors.items():
+            number, _, name = key.partition(".")
+            known[int(number)][name] = value.clone()  # not a view of a file that may be deleted
+        groups = self.optimizer.param_groups
+        shapes = dict(enumerate(list(weights.shape) for group in groups for weights in group["params"]))
+        for place, of in known.items():
+            wanted = {"step": [], "exp_avg": shapes[place], "exp_avg_sq": shapes[place]}
+            if (found := {name: list(value.shape) for name, value in of.items()}) != wanted:
+                raise ValueError(f"parameter {place} has {found}, not {wanted}")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(known)})
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.optimizer.param_groups]
+
+
 def save_state(optimizer: torch.optim.Optimizer, step: int, checkpoint: Path) -> None:
     """Write optimizer state and step count into the checkpoint's `trainer/` folder."""
     folder = checkpoint / TRAINER
     folder.mkdir(exist_ok=True)
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / _STATE)
+    tensors, values = Moments(optimizer).state()
+    write_tensors(folder / _TENSORS, tensors)
+    (folder / _STATE).write_text(json.dumps({"step": step, **values}) + "\n", encoding="utf-8")
 
 
 def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
@@ -58,25 +96,23 @@ def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
 
     The learning rate and weight decay stay those of `optimizer`. Raises `ArtifactError` when the state does not fit.
     """
-    path = checkpoint / TRAINER / _STATE
+    path = checkpoint / TRAINER
     if not path.exists():
         return 0
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        _check_shapes(optimizer)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        path = checkpoint / TRAINER / _STATE
+        step, values = _told(path)
+        path = checkpoint / TRAINER / _TENSORS
+        Moments(optimizer).resume(State(load_file(path), values))
+    except UNREADABLE as error:
         raise ArtifactError(
             f"unusable optimizer state: {error}", str(path), "delete the artifact and re-run"
         ) from error
-    for group, settings in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(settings)
-    return int(state["step"])
+    return step
 
 
-def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {list(value.shape)} for a parameter of {list(parameter.shape)}")
+def _told(path: Path) -> tuple[int, dict[str, Any]]:
+    told = json.loads(path.read_bytes())
+    if not isinstance(told, dict) or type(told.get("step")) is not int:
+        raise ValueError("it does not say after how many steps")
+    return told["step"], told

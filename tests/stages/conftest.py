@@ -1,6 +1,7 @@
 """A world of small sums, a policy that has seen some of it, and what every stage makes of them."""
 
 import json
+import shutil
 from itertools import count
 
 import datasets
@@ -10,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.artifacts import METRICS_FILE, Outbox
 from pipeline.contracts import METRICS
 from pipeline.models.checkpoint import save
 from pipeline.models.fresh import ModelSpec, create
+from pipeline.text import Chat
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.ingest import Settings as IngestSettings
@@ -92,9 +95,10 @@ def policy(room, demonstrations, sft_settings):
 
 
 @pytest.fixture(scope="session")
-def other_policy(room):
-    """The same characters, other weights."""
-    save(*create(ModelSpec(**SPEC, init_std=0.2), ["0123456789+=,;"], seed=5), room / "other_policy")
+def other_policy(room, policy):
+    """The same tokenizer, other weights."""
+    model, _ = create(ModelSpec(**SPEC, init_std=0.2), ["0123456789+=,;"], seed=5)
+    save(model, Chat(policy.path).tokenizer, room / "other_policy")
     return room / "other_policy"
 
 
@@ -184,3 +188,48 @@ def numbers():
         return {(row["name"], row["step"]): row["value"] for row in table}
 
     return read
+
+
+@pytest.fixture
+def survives(tmp_path, numbers):
+    """Assert that a training killed before an optimizer step goes on from the last saving, to the very same end."""
+
+    def told(artifact):
+        measured = {
+            key: value for key, value in numbers(artifact).items() if not key[0].startswith(("speed/", "time/"))
+        }
+        return measured, {name: value for name, value in artifact.stats.items() if name != "seconds"}
+
+    def check(stage, settings, *, before, saved, **paths):
+        whole, taken = stage.run(tmp_path / "whole", settings, **paths), []
+
+        def die(*_):
+            taken.append(len(taken))
+            if len(taken) == before:
+                raise KeyboardInterrupt
+
+        hook = register_optimizer_step_pre_hook(die)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                stage.run(tmp_path / "killed", settings, **paths)
+            made = stage.run(tmp_path / "killed", settings, **paths)
+        finally:
+            hook.remove()
+        assert f"going on from step {saved} of " in (made.path / "log.txt").read_text()
+        steps = {step for name, step in numbers(made) if name == "grad/norm"}
+        assert len(taken) - before == len(steps) - saved
+        assert made.manifest.digest == whole.manifest.digest
+        assert told(made) == told(whole)
+        assert {path.name for path in made.path.iterdir()} == {path.name for path in whole.path.iterdir()}
+        return made
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def forgetting(room, policy):
+    """The session's policy, with dropout of its attention."""
+    made = shutil.copytree(policy.path, room / "forgetting", ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    return made

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from pipeline.algorithms.recipe import Recipe
 from pipeline.contracts import RANKINGS, ROLLOUTS
 from pipeline.errors import ArtifactError, ContractError, ExperimentError
+from pipeline.experiment import Experiment
 from pipeline.models.checkpoint import load_reward_model
 from pipeline.models.forward import response_scores
 from pipeline.text import Chat
@@ -480,3 +482,34 @@ def test_plain_transformers_scores_a_padded_batch_where_padding_is_not_the_end(p
         return
     with torch.no_grad():
         assert torch.allclose(plain(**batch).logits[:, 0], wanted, atol=1e-5)
+
+
+def test_killed_while_it_trains_it_goes_on_to_the_same_model(survives, even, policy, demonstrations):
+    chosen = settings(epochs=2, save_every=5)
+    survives(
+        reward, chosen, before=9, saved=5, rankings=even.path, policy=policy.path, demonstrations=demonstrations.path
+    )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_killed_it_ends_as_early_and_keeps_the_same_best_weights(survives, unsure, policy, stopped, late):
+    """Killed before the best look, or between it and the early end."""
+    kept, steps = int(stopped.stats["steps_kept"]), int(stopped.stats["steps"])
+    before = steps if late else kept
+    made = survives(
+        reward, settings(**EARLY, save_every=1), before=before, saved=before - 1, rankings=unsure.path,
+        policy=policy.path,
+    )  # fmt: skip
+    assert (made.stats["steps"], made.stats["steps_kept"]) == (steps, kept)
+    assert torch.equal(weights_of(made.path), weights_of(stopped.path))
+
+
+def test_settings_come_from_the_experiment():
+    experiment = Experiment(
+        name="run", base="base", recipe=Recipe.load("grpo"), models={"new": {"layers": 2}},
+        data={"prompts": {}, "demonstrations": {}}, reward={"batch": 9},
+        resources={"save_every": 7, "micro_batch_tokens": 50},
+        scale={"iterations": 1, "groups": 4, "prompt_tokens": 8, "response_tokens": 16, "learning_rate": 1e-3},
+    )  # fmt: skip
+    found = Settings.of(experiment)
+    assert (found.batch, found.tokens, found.save_every, found.micro_batch_tokens) == (9, 24, 7, 50)

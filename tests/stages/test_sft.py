@@ -1,17 +1,25 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import ArtifactError, ContractError, ExperimentError
+from pipeline.algorithms.recipe import Recipe
+from pipeline.errors import ArtifactError, ContractError, ExperimentError, NumericsError
+from pipeline.experiment import Experiment
 from pipeline.models.checkpoint import save
 from pipeline.models.forward import response_logprobs
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.text import Chat
-from stages.sft import mixed, sft
+from stages.sft import Settings, mixed, sft
+
+ROOT = Path(__file__).parents[2]
 
 
 def mean_nll(path, demonstrations):
@@ -223,3 +231,80 @@ def test_a_share_of_documents_without_documents(tmp_path, demonstrations, sft_se
     with pytest.raises(ExperimentError, match=r"data\.documents"):
         sft.run(tmp_path / "out", sft_settings(documents_share=0.1), demonstrations=demonstrations.path)
     assert not list(tmp_path.iterdir())
+
+
+def test_killed_while_it_trains_it_goes_on_to_the_same_policy(survives, demonstrations, documents, sft_settings):
+    chosen = sft_settings(epochs=3, documents_share=0.25, save_every=4)
+    made = survives(sft, chosen, before=7, saved=4, demonstrations=demonstrations.path, documents=documents.path)
+    assert made.stats["steps"] == 12
+
+
+def test_dropout_is_the_same_after_a_crash(survives, demonstrations, forgetting, policy, sft_settings, tmp_path):
+    chosen, paths = sft_settings(new=None, epochs=2, save_every=2), {"demonstrations": demonstrations.path}
+    made = survives(sft, chosen, before=6, saved=4, policy=forgetting, **paths)
+    plain = sft.run(tmp_path / "plain", chosen, policy=policy.path, **paths)
+    assert plain.manifest.files["model.safetensors"] != made.manifest.files["model.safetensors"]
+
+
+KILLED = """
+import os, signal, sys
+from itertools import count
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from stages.sft import sft
+
+torch.set_num_threads(1)
+steps = count(1)
+register_optimizer_step_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if next(steps) == 6 else None)
+sft.main(sys.argv[1:])
+"""
+
+
+def test_a_process_that_the_system_kills_is_survived(demonstrations, sft_settings, tmp_path):
+    chosen, paths = sft_settings(epochs=3, save_every=2), {"demonstrations": demonstrations.path}
+    words = sft.command(tmp_path / "killed", chosen, **paths)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, *words[3:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    [scratch] = tmp_path.iterdir()
+    assert [path.name[:9] for path in (scratch / "working" / "progress").iterdir()] == ["00000004-"]
+    made, whole = (sft.run(tmp_path / name, chosen, **paths) for name in ("killed", "whole"))
+    assert "going on from step 4 of 9" in (made.path / "log.txt").read_text()
+    assert made.manifest.digest == whole.manifest.digest
+    assert not (made.path / "working").exists()
+
+
+def test_how_often_it_saves_changes_nothing(demonstrations, sft_settings, tmp_path):
+    digests = {
+        sft.run(
+            tmp_path / str(every), sft_settings(epochs=1, save_every=every), demonstrations=demonstrations.path
+        ).manifest.digest
+        for every in (0, 1, 2)
+    }  # fmt: skip
+    assert len(digests) == 1
+
+
+def test_a_policy_that_the_last_step_broke_is_not_written(demonstrations, sft_settings, tmp_path):
+    with pytest.raises(NumericsError, match="weights are not finite after step 1") as error:
+        sft.run(
+            tmp_path / "out",
+            sft_settings(
+                new=sft_settings().new.model_copy(update={"init_std": 5.0}), epochs=1, batch=30, warmup_share=0.0,
+                learning_rate=1e19, weight_decay=3e19,
+            ),
+            demonstrations=demonstrations.path,
+        )  # fmt: skip
+    assert error.value.where.endswith("weight")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_come_from_the_experiment():
+    experiment = Experiment(
+        name="run", base="base", recipe=Recipe.load("grpo"), models={"new": {"layers": 2}},
+        data={"prompts": {}, "demonstrations": {}}, sft={"batch": 9},
+        resources={"save_every": 7, "micro_batch_tokens": 50},
+        scale={"iterations": 1, "groups": 4, "prompt_tokens": 8, "response_tokens": 16, "learning_rate": 1e-3},
+    )  # fmt: skip
+    found = Settings.of(experiment)
+    assert (found.batch, found.tokens, found.save_every, found.micro_batch_tokens) == (9, 24, 7, 50)

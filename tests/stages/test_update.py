@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -198,7 +199,7 @@ def test_moments_of_the_optimizer_matter_and_are_kept(table, policy, room, tmp_p
     assert without.stats["steps"] == 4
     assert far(weights_of(with_state.path), weights_of(without.path)) > 1e-5
     (tmp_path / "bare" / "trainer").mkdir()
-    (tmp_path / "bare" / "trainer" / "state.pt").write_bytes(b"not a state")
+    (tmp_path / "bare" / "trainer" / "state.json").write_bytes(b"not a state")
     with pytest.raises(ArtifactError, match="optimizer state"):
         update.run(tmp_path / "broken", chosen, advantages=table.path, policy=tmp_path / "bare")
 
@@ -447,6 +448,18 @@ def test_documents_without_a_mix_change_nothing(table, policy, documents, room):
     assert one.manifest.digest == other.manifest.digest
 
 
+@dataclass
+class Sees:
+    """A watcher that keeps the weights after every step."""
+
+    model: torch.nn.Module
+    seen: list
+
+    def after_step(self, taken):
+        self.seen.append(weights_of(self.model))
+        return False
+
+
 def test_the_average_of_the_weights_goes_on_from_update_to_update(table, policy, room, sound):
     chosen = settings(minibatches=2, ema=0.9)
     first = update.run(room / "ema 1", chosen, advantages=table.path, policy=policy.path)
@@ -461,7 +474,7 @@ def test_the_average_of_the_weights_goes_on_from_update_to_update(table, policy,
         plan = Plan(dealt(12, 1, 2, derive(3, "update", taken)), chosen.micro_batch_tokens, 1.0, taken)
         taken = fit(
             model, objective(table.table()), optimizer, constant(0), plan, Metrics("run", None, "s"),
-            lambda step, seen=seen: bool(seen.append(weights_of(model))),
+            Sees(model, seen),
         )  # fmt: skip
         for weights in seen:
             average = 0.9 * average + 0.1 * weights
@@ -474,6 +487,7 @@ def test_settings_come_from_recipe_and_scale():
     changes = {"rollout": {"temperature": 0.6}, "mix": MIX}
     tables = {
         "name": "run", "base": "base", "data": {"prompts": {}}, "models": {"policy": "p"}, "sft": {"enabled": False},
+        "resources": {"save_every": 7},
         "scale": {"iterations": 1, "groups": 4, "prompt_tokens": 8, "response_tokens": 16, "learning_rate": 1e-3},
     }  # fmt: skip
     one, other = (
@@ -485,3 +499,43 @@ def test_settings_come_from_recipe_and_scale():
     assert one.mix is not None
     assert one.mix.model_dump() == MIX
     assert one.document_tokens == 24
+    assert one.save_every == 7
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_killed_while_it_trains_it_goes_on_to_the_same_policy(survives, table, policy, documents, room, ema):
+    """In the second update of a run, with an optimizer, a schedule and a stream of documents that go on."""
+    chosen = settings(minibatches=6, epochs=2, ema=ema, warmup_steps=20, mix=MIX, save_every=3)
+    paths = {"advantages": table.path, "documents": documents.path}
+    first = update.run(room / f"survives {ema}", chosen, policy=policy.path, **paths)
+    made = survives(update, chosen, before=9, saved=6, policy=first.path, **paths)
+    assert made.stats["steps"] == 24
+    assert (made.path / "ema").exists() == (ema is not None)
+
+
+def test_dropout_is_the_same_after_a_crash(survives, table, forgetting):
+    survives(
+        update, settings(minibatches=4, epochs=2, save_every=5), before=8, saved=5, advantages=table.path,
+        policy=forgetting,
+    )  # fmt: skip
+
+
+def test_what_gates_look_at_is_left_in_the_stats(table, policy, by_hand, tmp_path, numbers):
+    chosen = settings(minibatches=4, epochs=2, learning_rate=1e-2)
+    made = update.run(tmp_path / "out", chosen, advantages=table.path, policy=policy.path)
+    measured = numbers(made)
+    entropies, ratios, norms = (
+        [measured[name, step] for step in range(1, 9)] for name in ("entropy/mean", "ratio/max", "grad/norm")
+    )
+    assert made.stats["entropy/mean"] == pytest.approx(np.mean(entropies))
+    assert len(set(entropies)) == 8
+    assert made.stats["ratio/max"] == max(ratios) > 1
+    assert made.stats["grad/norm"] == max(norms) > min(norms)
+    assert made.stats["kl/old"] == measured["kl/old", 8] > 0
+    rows = [{name: value for name, value in row.items() if name != "old_logprobs"} for row in table.table().to_pylist()]
+    nll = Recipe.load("grpo").changed({"loss": [{"kind": "nll", "coef": 1.0}]}).loss
+    bare = update.run(
+        tmp_path / "bare", settings(loss=nll), advantages=by_hand(ADVANTAGES, rows).path, policy=policy.path
+    )
+    assert {"entropy/mean", "grad/norm"} <= bare.stats.keys()
+    assert not {"ratio/max", "kl/old"} & bare.stats.keys()

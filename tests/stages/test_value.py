@@ -417,10 +417,11 @@ def experiment(tmp_path, *critic, changes=""):
 
 
 def test_settings_come_from_recipe_and_experiment(tmp_path):
-    critic = 'critic = {start = "policy", loss = {kind = "value_clipped", clip = 0.5}}'
+    critic = 'critic = {start = "policy", loss = {kind = "value_clipped", clip = 0.5}}\n[resources]\nsave_every = 7'
     plain = Settings.of(experiment(tmp_path, "warmup_steps = 7", "pretrain_batch = 9", changes=critic))
     assert (plain.loss.kind, plain.loss.settings, plain.steps) == ("value_clipped", {"clip": 0.5}, None)
     assert (plain.epochs, plain.minibatches, plain.learning_rate, plain.warmup_steps) == (4, 8, 0.5, 7)
+    assert plain.save_every == 7
     looks = ("pretrain_check_every = 7", "pretrain_patience = 2")
     own = experiment(tmp_path, "learning_rate = 0.25", "pretrain_batch = 9", *looks, changes=critic)
     assert Settings.of(own).learning_rate == 0.25
@@ -434,3 +435,19 @@ def test_a_recipe_without_a_critic_has_nothing_for_this_stage(tmp_path):
     assert Recipe.load("grpo").critic is None
     with pytest.raises(ExperimentError, match="recipe grpo has no critic"):
         Settings.of(experiment(tmp_path))
+
+
+@pytest.mark.parametrize(("before", "saved"), [(4, 3), (6, 3), (9, 6)])
+def test_pretraining_that_is_killed_ends_as_early_as_one_that_is_not(survives, noise, other_policy, before, saved):
+    """Looks before and after the saving count alike."""
+    chosen = pretraining(learning_rate=1e-9, check_every=2, patience=5, save_every=3)
+    made = survives(value, chosen, before=before, saved=saved, advantages=noise.path, policy=other_policy)
+    assert made.stats["steps"] == 10
+    assert "10 steps of 60: no gain in 5 checks" in (made.path / "log.txt").read_text()
+
+
+def test_killed_in_an_iteration_it_goes_on_to_the_same_critic(survives, room, few, other_policy):
+    chosen = settings(minibatches=4, epochs=2, warmup_steps=10, loss=CLIPPED, save_every=2)
+    first = value.run(room / "value survives", chosen, advantages=few.path, policy=other_policy)
+    made = survives(value, chosen, before=6, saved=4, advantages=few.path, critic=first.path)
+    assert made.stats["steps"] == 16

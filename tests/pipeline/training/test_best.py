@@ -1,5 +1,7 @@
 """Best: looks at every so many steps, keeps the best weights, stops when nothing gets better."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from pipeline.metrics import Metrics
 from pipeline.training.best import Best, Judged
 from pipeline.training.comparisons import Comparisons
+from pipeline.training.progress import State
 
 
 def judged(right, loss):
@@ -63,6 +66,26 @@ def test_it_does_not_look_twice_at_the_last_step():
     best, taken, weight, metrics = walk([(3, 0.5), (2, 0.5)], every=4, steps=8)
     assert [step for name, step in metrics if name == "accuracy/held_out"] == [4, 8]
     assert (taken, best.step, weight) == (8, 4, 4)
+
+
+def test_a_best_that_was_resumed_goes_on_as_if_it_had_seen_it_all():
+    looks, ends = [(2, 0.5), (3, 0.5), (1, 0.5), (2, 0.5)], []
+    for saved_at in (1, 2, 3):
+        model, left = nn.Linear(1, 1, bias=False), iter(looks)
+        best = Best(model, lambda left=left: judged(*next(left)), 1, 2, Metrics("run", None, "reward"))
+        for taken in range(1, 5):
+            with torch.no_grad():
+                model.weight.fill_(taken)
+            stop = best.after_step(taken)
+            if taken == saved_at:
+                tensors, values = best.state()
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                best = Best(model, best.judge, 1, 2, best.metrics)
+                best.resume(State(tensors, json.loads(json.dumps(values))))
+                tensors.clear()
+        best.restore(4)
+        ends.append((stop, best.step, best.accuracy, best.loss, model.weight.item()))
+    assert ends == [(True, 2, 0.75, 0.5, 2.0)] * 3
 
 
 def test_accuracy_and_its_error_are_of_prompts():

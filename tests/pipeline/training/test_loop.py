@@ -61,11 +61,11 @@ def plan(objective, epochs=1, minibatches=1, seed=0, **changes):
     return Plan(**{"steps": steps, "micro_batch_tokens": 1000, "gradient_clip": 1e9, **changes})
 
 
-def trained(objective, schedule=AT_ONCE, learning_rate=0.1, model=None, after_step=None, **changes):
+def trained(objective, schedule=AT_ONCE, learning_rate=0.1, model=None, watcher=None, **changes):
     model = network() if model is None else model
     metrics = Metrics("run", 0, "fit")
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    steps = fit(model, objective, optimizer, schedule, plan(objective, **changes), metrics, after_step)
+    steps = fit(model, objective, optimizer, schedule, plan(objective, **changes), metrics, watcher)
     return model, metrics, steps
 
 
@@ -156,14 +156,27 @@ def test_of_the_largest_numbers_the_step_has_the_largest_of_its_micro_batches(bu
     assert numbers(metrics, "below") == [-1.0 if budget == 1 else -3.0]
 
 
-def test_after_every_step_the_caller_may_look_and_may_end_the_training():
+@dataclass
+class Looks:
+    """A watcher that ends the training after one step."""
+
+    last: int
+    seen: list = field(default_factory=list)
+
+    def after_step(self, taken):
+        self.seen.append(taken)
+        return taken == self.last
+
+
+def test_after_every_step_a_watcher_looks_and_may_end_the_training():
     ends, seen = [], []
     for last in (7, 99):
+        watcher = Looks(last)
         _, metrics, steps = trained(
-            Regression.of([1] * 6), minibatches=3, epochs=2, first_step=4,
-            after_step=lambda step, last=last: bool(seen.append(step)) or step == last,
+            Regression.of([1] * 6), minibatches=3, epochs=2, first_step=4, watcher=watcher
         )  # fmt: skip
         ends.append((steps, len(numbers(metrics, "loss/total")), len(numbers(metrics, "speed/tokens_per_second"))))
+        seen += watcher.seen
     assert ends == [(7, 3, 1), (10, 6, 1)]
     assert seen == [5, 6, 7, 5, 6, 7, 8, 9, 10]
 
@@ -218,6 +231,35 @@ def test_the_same_plan_gives_the_same_model_and_another_seed_another():
     runs = [trained(Regression.of([2] * 6), minibatches=3, seed=seed)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2], ids=["at the end", "seen in the next step"])
+def test_weights_that_a_finite_gradient_made_infinite_are_named(epochs):
+    objective = Regression.of([3, 4])
+    objective.rows[:] = [(x, y + 1000) for x, y in objective.rows]
+    with pytest.raises(NumericsError, match="weights are not finite after step 1") as caught:
+        trained(objective, learning_rate=1e308, epochs=epochs)
+    assert caught.value.where == "0.weight"
+
+
+def with_dropout():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 1)).double()
+
+
+def test_what_dropout_leaves_out_follows_from_the_seed_and_the_steps_taken_whatever_was_drawn_before():
+    weights = []
+    for drawn, changes in ((0, {}), (1, {}), (2, {"plan_seed": 1}), (3, {"first_step": 1})):
+        model = with_dropout()
+        torch.rand(drawn)
+        seed, first = changes.get("plan_seed", 0), changes.get("first_step", 0)
+        objective = Regression.of([2] * 6)
+        chosen = Plan(dealt(6, 1, 3, 0), 1000, 1e9, first, seed)
+        fit(model, objective, torch.optim.SGD(model.parameters(), 0.1), AT_ONCE, chosen, Metrics("run", 0, "fit"))
+        weights.append(model[0].weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[3])
 
 
 def test_units_and_speed_are_logged():
