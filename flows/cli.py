@@ -36,8 +36,8 @@ def run(
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows import execute, promotion, reports
     from flows.run import Outcome, Run, look_up
-    from pipeline.metrics import console
     from pipeline.experiment import Experiment
+    from pipeline.metrics import console
 
     resolved = Experiment.load(execute.find_experiment(experiment), changes or (), recipe, name)
     outcome = execute.finished(resolved, root)
@@ -87,11 +87,36 @@ def stages() -> None:
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]) -> None:
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    every: Annotated[bool, typer.Option("--all", help="Every artifact of every iteration, however many.")] = False,
+) -> None:
     """Every stage of every iteration: done, missing, stale or running; seconds, rows."""
     from flows import reports
 
-    reports.status(folder)
+    reports.status(folder, every=every)
+
+
+@app.command()
+def lineage(
+    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    depth: Annotated[int | None, typer.Option(help="How many steps back.", min=0)] = None,
+) -> None:
+    """Where an artifact came from, back to the files, and whether all of it is still what it was."""
+    from flows import reports
+
+    reports.lineage(path, depth)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a directory of runs.")],
+) -> None:
+    """Whether everything has the bytes that it was made with; exit code 1 where anything has not."""
+    from flows import reports
+
+    if not reports.verify(path):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -156,6 +181,25 @@ def promote(
     from pipeline.metrics import console
 
     promotion.promote(folder, console.line, refused=refuse)
+
+
+@app.command()
+def deploy() -> None:
+    """Register the deployments of flows/prefect.yaml with the Prefect server at PREFECT_API_URL; runs start here."""
+    from flows import serving
+
+    serving.deploy(Path.cwd())
+
+
+@app.command()
+def serve(
+    port: Annotated[int | None, typer.Option(help="Of the server; PREFECT_API_URL's, or 4200, when absent.")] = None,
+    database: Annotated[str | None, typer.Option(help="postgresql+asyncpg://...; SQLite when absent.")] = None,
+) -> None:
+    """Run a Prefect server on this machine (where none answers), the deployments and a worker, until Ctrl-C."""
+    from flows import serving
+
+    serving.serve(Path.cwd(), port, database)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.run import MissingError, Outcome, artifacts_of, name_of
+from flows.run import MissingError, Outcome, name_of
 from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
-from pipeline.artifacts import MANIFEST, Artifact, Manifest
+from pipeline.artifacts import Artifact
 from pipeline.contracts import CONTRACTS, Contract
-from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.settings import without_none
 
@@ -123,57 +123,42 @@ def results(folders: list[Path]) -> None:
         sys.stdout.write(f"score against accuracy, as a picture: {picture}\n")
 
 
-def status(folder: Path) -> None:
-    """`rlhf status RUN`: one line per artifact, and what is being made."""
-    if not folder.is_dir():
-        raise ArtifactError("no such run", str(folder), "`rlhf run EXPERIMENT` makes one")
-    rows = []
-    for artifact in artifacts_of(folder):
-        stats = artifact.stats
-        size = f"{stats['rows']:,.0f}" if "rows" in stats else ""
-        rows.append(
-            (
-                name_of(artifact.path, folder.parent),
-                _state(artifact),
-                f"{stats.get('seconds', 0):.1f}",
-                size,
-                _key_number(artifact),
-            )
-        )
-    unfinished = sorted(p for p in folder.rglob(".part-*") if p.is_dir())
-    for path in unfinished:
-        name = path.name.removeprefix(".part-").rpartition("-")[0]
-        rows.append(
-            (
-                name_of(path.parent / name, folder.parent),
-                "unfinished",
-                "",
-                f"{len(list(path.glob('part-*.parquet')))} parts",
-                "",
-            )
-        )
-    if not rows:
-        raise ArtifactError("not a run: no artifacts in it", str(folder), "`rlhf run EXPERIMENT` makes one")
-    _print(Sheet(str(folder), ("artifact", "state", "seconds", "rows", ""), tuple(rows)))
+def status(folder: Path, *, every: bool) -> None:
+    """`rlhf status RUN`: what is there, in the making, stale and missing."""
+    from flows import status as state
+
+    about, sheet = state.status(folder, every=every)
+    for line in about:
+        out.print(line, markup=False)
+    _print(sheet)
 
 
-def _state(artifact: Artifact) -> str:
-    """`done`, or `stale` when an input has been made again with other bytes or is gone."""
-    for records in artifact.manifest.inputs.values():
-        for record in records:
-            manifest = Path(record.path) / MANIFEST
-            if manifest.is_file() and Manifest.read(manifest.parent).digest != record.digest:
-                return f"stale ({record.path} has other bytes)"
-            if not Path(record.path).exists():
-                return f"done ({record.path} is gone)"
-    return "done"
+def lineage(path: Path, depth: int | None) -> None:
+    """`rlhf lineage PATH`: what an artifact came from, as a tree."""
+    from flows.lineage import tree
+
+    out.print(tree(path, depth))
 
 
-def _key_number(artifact: Artifact) -> str:
-    for name in ("accuracy/mean", "reward/mean", "kl/sampler", "tokens", "steps"):
-        if name in artifact.stats:
-            return f"{name} {artifact.stats[name]:.4g}"
-    return ""
+def verify(path: Path) -> bool:
+    """`rlhf verify PATH`: a line for every fault; whether there is none."""
+    from flows.verifying import leftovers, verified
+
+    count = bad = size = 0
+    for one in verified(path):
+        count, size = count + 1, size + sum(record.bytes for record in one.artifact.manifest.files.values())
+        bad += bool(one.faults)
+        for fault in one.faults:
+            out.print(f"{one.artifact.path}: {fault}", markup=False)
+        if one.faults:
+            out.print(f"  next:  {one.do}", markup=False)
+        for remark in one.remarks:
+            out.print(f"{one.artifact.path}: {remark}", markup=False)
+    for scratch in leftovers(path):
+        out.print(f"{scratch}: unfinished; the next run goes on with it", markup=False)
+    told = f"{bad} of them are not as they were made" if bad else "all as they were made"
+    out.print(f"{count} artifacts, {size / 1e6:,.1f} MB: {told}")
+    return not bad
 
 
 def show(path: Path, rows: int, where: str | None) -> None:
@@ -199,11 +184,17 @@ def _show_table(artifact: Artifact, contract: Contract, rows: int, where: str | 
     _print(contract_sheet(contract))
     import duckdb
 
-    files = [str(p) for p in artifact.part_paths()]
-    condition = f" where {where}" if where else ""
+    condition = f" where ({where})" if where else ""
+    connection = duckdb.connect()
     try:
-        found = duckdb.sql(f"select * from read_parquet({files!r}){condition} limit {int(rows)}").to_arrow_table()  # noqa: S608
-        total = duckdb.sql(f"select count(*) from read_parquet({files!r}){condition}").fetchall()[0][0]  # noqa: S608
+        connection.register("data", artifact.table())
+        # What a person types may look at the rows, and at nothing else on this machine.
+        connection.execute("set enable_external_access = false; set lock_configuration = true")
+        one = f"select * from data{condition} limit {int(rows)}"  # noqa: S608
+        if len(duckdb.extract_statements(one)) != 1:
+            raise ExperimentError("one condition is wanted", f"--where {where!r}", "leave out the `;`")
+        found = connection.execute(one).to_arrow_table()
+        [(total,)] = connection.execute(f"select count(*) from data{condition}").fetchall()  # noqa: S608
     except duckdb.Error as error:
         raise ExperimentError(
             f"cannot select: {error}", f"--where {where!r}", "name columns of the table above"

@@ -24,9 +24,10 @@ from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import LABELS, PROMPTS, ROLLOUTS, SCORES
 from pipeline.errors import ContractError, InputError
 from pipeline.experiment import Experiment
-from pipeline.grading import Judgement
+from pipeline.grading import LOST, Judgement, Memory
 from pipeline.grading.measures import accuracies, election
-from pipeline.grading.mixed import Reading, read
+from pipeline.grading.mixed import Means, Reading, read
+from pipeline.journal import Journal
 from pipeline.stage import StageSettings, stage
 
 GREEDY = -1
@@ -130,7 +131,7 @@ class Judged:
 
 def judged(
     part: pa.Table, rows: Sequence[Prompt], labeler: Piece[Labels], filters: Sequence[Piece[Kept]],
-    settings: Settings, scores: Float[np.ndarray, " B"] | None = None,
+    settings: Settings, scores: Float[np.ndarray, " B"] | None = None, memory: Memory | None = None,
 ) -> Judged:  # fmt: skip
     """Reward the responses of a part and let the filters look. Raises `ContractError` for a column that is not there.
 
@@ -147,7 +148,7 @@ def judged(
         [row["grader"] for row in rows], columns["responses"],
         [row["answer"] if answered(row) else None for row in rows], columns["group"].tolist(),
         needs=labeler.needs, last=columns["sample"] == GREEDY,
-        timeout=settings.grader_seconds, workers=os.cpu_count() or 1,
+        means=Means(settings.grader_seconds, os.cpu_count() or 1, memory),
     )  # fmt: skip
     if "verdicts" in labeler.needs:
         columns["verdicts"] = _numbers([judgement.correct if judgement else None for judgement in reading.gold])
@@ -252,6 +253,9 @@ class Tally:
             self._add_group(made, rows, [gold[row] for row in rows])
         for row in np.flatnonzero(~greedy).tolist():
             self._add_row(gold[row], float(labels.verdicts[row]), voted=labels.target is not None)
+        for verdict, status in zip(gold, made.reading.statuses, strict=True):
+            seen = {status, verdict and verdict.status} - {None}
+            self.shares["grader/failures"] += [float(bool(seen & LOST.keys()))] if seen else []
         self.counts.update(f"dropped/{reason.replace(' ', '_')}" for reason in reasons if reason is not None)
         if made.reading.classes is not None:
             self.lost = (self.lost or 0) + made.reading.lost
@@ -271,8 +275,9 @@ class Tally:
         if voted and gold.correct is not None and not np.isnan(verdict):
             self.shares["vote/reward_accuracy"].append(float(gold.correct == verdict))
 
-    def report(self, out: Outbox) -> None:
+    def report(self, out: Outbox, memory: Memory) -> None:
         """Leave the numbers in metrics and stats."""
+        self.shares["grader/failures"] = self.shares["grader/failures"] or [0.0]
         numbers = {
             name: (float(np.mean(values)), UNITS.get(name, "fraction"))
             for name, values in self.shares.items()
@@ -283,6 +288,7 @@ class Tally:
             "groups/kept": (float(self.groups_kept), "groups"),
             "groups/seen": (float(self.groups_seen), "groups"),
         }
+        self.counts.update({"grader/retried": memory.retried, "grader/recovered": memory.recovered})
         numbers |= {name: (float(count), "rows") for name, count in self.counts.items()}
         if self.lost is not None:
             numbers["vote/lost_comparisons"] = (float(self.lost), "comparisons")
@@ -337,20 +343,22 @@ def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     if judged_by_model and inputs.judgements is None:
         raise InputError(f"label {labeler.name!r} needs reward_scores, and there are no judgements", do=SCORE_FIRST)
     tally = Tally()
-    for index, part in enumerate(inputs.rollouts.parts()):
-        rows = asked(part["prompt_id"].to_pylist(), prompts)
-        if "verdicts" in labeler.needs:
-            refuse_unanswered(rows, inputs.prompts)
-        if "answers" in labeler.needs:
-            refuse_ungraded(rows, inputs.prompts)
-        scores = scores_of(part, inputs.judgements) if judged_by_model and inputs.judgements is not None else None
-        made = judged(part, rows, labeler, filters, settings, scores)
-        room = part.num_rows if settings.room is None else settings.room - tally.groups_kept
-        reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))
-        tally.groups_kept += kept
-        tally.add(made, reasons)
-        out.write(index, labelled(part, made, reasons))
-    tally.report(out)
+    with Journal(out.working / "judgements.jsonl") as journal:
+        memory = Memory(journal)
+        for index, part in enumerate(inputs.rollouts.parts()):
+            rows = asked(part["prompt_id"].to_pylist(), prompts)
+            if "verdicts" in labeler.needs:
+                refuse_unanswered(rows, inputs.prompts)
+            if "answers" in labeler.needs:
+                refuse_ungraded(rows, inputs.prompts)
+            scores = scores_of(part, inputs.judgements) if judged_by_model and inputs.judgements is not None else None
+            made = judged(part, rows, labeler, filters, settings, scores, memory)
+            room = part.num_rows if settings.room is None else settings.room - tally.groups_kept
+            reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))
+            tally.groups_kept += kept
+            tally.add(made, reasons)
+            out.write(index, labelled(part, made, reasons))
+    tally.report(out, memory)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """prompts, policy -> rollouts: an engine samples a group of responses to each prompt, shard by shard."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -10,16 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline import ragged
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
-from pipeline.engines import ENGINES, Completion, EngineOptions, Sampling, check_beams, open_engine
+from pipeline.engines import ENGINES, GREEDY, Completion, Engine, EngineOptions, Sampling, check_beams, open_engine
 from pipeline.errors import ArtifactError, ContractError, EngineError
 from pipeline.experiment import Experiment
+from pipeline.journal import Journal
 from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
+from pipeline.wellformed import malformed
 
 
 def known_engine(name: str) -> str:
@@ -55,7 +60,7 @@ class Settings(StageSettings):
     count: int | None = Field(None, ge=1)
     """Prompts to take from the stream; every prompt once, in order, when absent."""
     shard: int = Field(256, ge=1)
-    """Prompts per part: what an interrupted run loses at most."""
+    """Prompts per part. An interrupted run loses the groups that it had not finished."""
     engine: Annotated[str, AfterValidator(known_engine)] = "vllm"
     """Who samples: `vllm`, `transformers`, `scripted`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -165,20 +170,72 @@ def questions(ids: Sequence[str], tokens: Sequence[list[int]], settings: Setting
     return asked, len(ids) - len(usable)
 
 
-def sampled(asked: Sequence[Asked], completions: Iterator[Completion], plan: Sampling, chat: Chat) -> pa.Table:
-    """Rows of the rollouts contract, groups in the order asked, samples in order.
+def refuse_foreign(tokens: Sequence[Sequence[int]], stop_ids: Sequence[int], vocab_size: int, policy: Path) -> None:
+    """Raise `ArtifactError` where the policy's tokenizer writes, or ends with, tokens that its weights do not know."""
+    largest = max(max(map(max, filter(None, tokens)), default=0), *stop_ids)
+    if largest >= vocab_size:
+        raise ArtifactError(
+            f"the tokenizer is another model's: it uses token id {largest}, and the weights know {vocab_size} tokens",
+            str(policy),
+            "copy the tokenizer's files from where the weights come from, or name another policy",
+        )
 
-    Raises `EngineError` when a group is not complete.
+
+def whole_groups(
+    asked: Sequence[Asked], completions: Iterable[Completion], plan: Sampling, done: Collection[int] = ()
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Place of a prompt and its responses, samples in order, as soon as all of them are there.
+
+    Raises `EngineError` in the end when a group is not complete that is not among the `done`.
     """
-    groups: dict[int, dict[int, Completion]] = {index: {} for index in range(len(asked))}
+    waiting: dict[int, dict[int, Completion]] = {place: {} for place in range(len(asked)) if place not in done}
     for completion in completions:
-        groups[completion.prompt][completion.sample] = completion
-    rows = []
-    for index, group in groups.items():
-        if sorted(group) != list(plan.samples):
-            raise EngineError(f"{len(group)} of {len(plan.samples)} responses", f"prompt {asked[index].prompt_id}")
-        rows += [_row(asked[index], group[sample], chat) for sample in plan.samples]
-    return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema())
+        group = waiting[completion.prompt]
+        group[completion.sample] = completion
+        if group.keys() == set(plan.samples):
+            del waiting[completion.prompt]
+            yield completion.prompt, [group[sample] for sample in plan.samples]
+    for place, group in waiting.items():
+        raise EngineError(f"{len(group)} of {len(plan.samples)} responses", f"prompt {asked[place].prompt_id}")
+
+
+@dataclass
+class Sampler:
+    """Asks an engine for the groups that are not there yet."""
+
+    engine: Engine
+    plan: Sampling
+    chat: Chat
+    tokens: int = 0
+    """Sampled so far."""
+
+    def part(self, asked: Sequence[Asked], journal: Journal) -> pa.Table:
+        """Rows of the rollouts contract, groups in the order asked, samples in order.
+
+        Groups that the journal has are taken from it; the others are added to it as they are finished.
+        """
+        places = {one.prompt_id: place for place, one in enumerate(asked)}
+        groups = {
+            places[prompt_id]: [Completion(places[prompt_id], *fields) for fields in group]
+            for prompt_id, group in journal.entries()
+        }
+        try:
+            groups |= self._sampled(asked, journal, frozenset(groups))
+        except BaseException:
+            self.engine.close()  # it may be in the middle of a request: the next try builds another
+            raise
+        rows = [_row(one, said, self.chat) for place, one in enumerate(asked) for said in groups[place]]
+        return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema())
+
+    def _sampled(
+        self, asked: Sequence[Asked], journal: Journal, done: Collection[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        completions = self.engine.generate([one.tokens for one in asked], [one.seed for one in asked], self.plan, done)
+        for place, group in whole_groups(asked, completions, self.plan, done):
+            fields = [[one.sample, one.tokens, one.logprobs, one.finish, one.seed] for one in group]
+            journal.add([asked[place].prompt_id, fields])
+            self.tokens += sum(len(one.tokens) for one in group)
+            yield place, group
 
 
 def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
@@ -201,7 +258,9 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         )
     chat = Chat(inputs.policy.path)
     ids = inputs.prompts.table(["prompt_id"])["prompt_id"].to_pylist()
-    asked, too_long = questions(ids, tokenized(inputs.prompts, chat), settings)
+    tokens = tokenized(inputs.prompts, chat)
+    refuse_foreign(tokens, chat.stop_ids, facts.vocab_size, inputs.policy.path)
+    asked, too_long = questions(ids, tokens, settings)
     if too_long:
         out.log(f"{too_long} prompts are longer than {settings.prompt_tokens} tokens and are not asked")
     plan = Sampling(
@@ -210,21 +269,23 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         beams=settings.beams,
     )  # fmt: skip
     shards = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
-    missing = set(out.shards(len(shards)))
-    started = time.monotonic()
+    missing = list(out.shards(len(shards)))
     if missing:
-        options = EngineOptions(dtype=settings.dtype, max_model_len=longest)
-        engine = open_engine(settings.engine, inputs.policy.path, options)
+        engine = open_engine(
+            settings.engine, inputs.policy.path, EngineOptions(dtype=settings.dtype, max_model_len=longest)
+        )
         about = {**engine.describe(), **chat.metadata(), **_distribution(settings, inputs.policy)}
-        started = time.monotonic()
-        for index in sorted(missing):
-            shard = shards[index]
+        sampler, started = Sampler(engine, plan, chat), time.monotonic()
+        for index in missing:
             console.progress(f"sampling part {index + 1}/{len(shards)}")
-            completions = engine.generate([a.tokens for a in shard], [a.seed for a in shard], plan)
-            table = sampled(shard, completions, plan, chat)
-            out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
+            with Journal(out.working / f"groups-{index:05d}.jsonl", under=about) as journal:
+                table = sampler.part(shards[index], journal)
+                out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
+                journal.remove()
+        if sampler.tokens:
+            out.metrics.add("speed/tokens_per_second", sampler.tokens / (time.monotonic() - started), "tokens/s")
         engine.sleep()
-    _measure(out, too_long, len(asked), settings, time.monotonic() - started, missing)
+    _measure(out, too_long, settings.first + len(asked))
 
 
 def _distribution(settings: Settings, policy: Artifact) -> dict[str, str]:
@@ -233,22 +294,38 @@ def _distribution(settings: Settings, policy: Artifact) -> dict[str, str]:
     return {**{name: str(getattr(settings, name)) for name in named}, "policy_digest": policy.manifest.digest}
 
 
-def _measure(out: Outbox, rejected: int, asked: int, settings: Settings, seconds: float, fresh: set[int]) -> None:
-    """Lengths and cuts over all parts; speed over the `fresh` parts, which this process sampled."""
-    lengths, cut, fresh_tokens = [], 0, 0
-    for index, part in enumerate(out.parts(["response_tokens", "finish"])):
-        counts = pc.list_value_length(part["response_tokens"]).to_numpy()
-        lengths.append(counts)
+def repeated(part: pa.Table) -> list[float]:
+    """Of each group with more than one sampled response: (responses - different ones) / (responses - 1)."""
+    tokens = part["response_tokens"].combine_chunks()
+    flat, ends = tokens.flatten().to_numpy(), np.cumsum(ragged.lengths(tokens))
+    groups: defaultdict[str, list[bytes]] = defaultdict(list)
+    keys = zip(part["prompt_id"].to_pylist(), part["sample"].to_pylist(), strict=True)
+    for (prompt_id, sample), response in zip(keys, np.split(flat, ends[:-1]), strict=True):
+        if sample != GREEDY:
+            groups[prompt_id].append(response.tobytes())
+    return [(len(group) - len(set(group))) / (len(group) - 1) for group in groups.values() if len(group) > 1]
+
+
+def _measure(out: Outbox, rejected: int, cursor: int) -> None:
+    """Lengths, cuts, repetitions and misfits over all parts."""
+    lengths, again, cut, bad = [], [], 0, 0
+    for part in out.parts(["prompt_id", "sample", "response_tokens", "sampler_logprobs", "finish"]):
+        lengths.append(ragged.lengths(part["response_tokens"]))
+        again += repeated(part)
         cut += pc.sum(pc.equal(part["finish"], "length")).as_py()
-        fresh_tokens += int(counts.sum()) if index in fresh else 0
+        bad += int(malformed(part).sum())
     tokens = np.concatenate(lengths)
-    out.stats |= {"rejected": rejected, "tokens": int(tokens.sum()), "cursor": settings.first + asked}
-    out.metrics.add("length/mean", tokens.mean(), "tokens")
-    out.metrics.add("length/max", tokens.max(), "tokens")
-    out.metrics.add("length/cut", cut / len(tokens), "fraction")
+    numbers = {
+        "length/mean": (float(tokens.mean()), "tokens"), "length/max": (float(tokens.max()), "tokens"),
+        "length/cut": (cut / len(tokens), "fraction"), "rows/malformed": (float(bad), "responses"),
+    }  # fmt: skip
+    if again:
+        numbers["duplicates/in_group"] = (float(np.mean(again)), "fraction")
+    for name, (value, unit) in numbers.items():
+        out.metrics.add(name, value, unit)
     out.metrics.add("rows/rejected", rejected, "prompts")
-    if fresh:
-        out.metrics.add("speed/tokens_per_second", fresh_tokens / seconds, "tokens/s")
+    out.stats |= {name: value for name, (value, _) in numbers.items()}
+    out.stats |= {"rejected": rejected, "tokens": int(tokens.sum()), "cursor": cursor}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,13 +22,14 @@ from pipeline import ragged
 from pipeline.algorithms.bind import bind
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import CRITIC, LABELS, POLICY, REWARD_MODEL, ROLLOUTS, SCORES
-from pipeline.errors import ContractError, InputError, NumericsError
+from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.device import device
 from pipeline.models.forward import response_logprobs, response_scores, response_values
 from pipeline.stage import StageSettings, stage
+from pipeline.text import Chat
 from pipeline.training.batches import micro_batches
 
 Need = Literal["old_logprobs", "ref_logprobs", "values", "reward_scores"]
@@ -35,6 +37,9 @@ MODEL_OF: dict[str, str] = {
     "old_logprobs": "policy", "ref_logprobs": "reference", "values": "critic", "reward_scores": "reward_model"
 }  # fmt: skip
 """Column -> the input that fills it."""
+
+KIND_OF: dict[str, checkpoint.Kind] = {"values": "critic", "reward_scores": "reward_model"}
+"""Column -> what the model is where it is no policy."""
 
 BEFORE_LABEL = "reward_scores"
 """The column that labelers read: asked for by name, before there are labels."""
@@ -98,6 +103,37 @@ def kept_rows(rollouts: Sequence[Artifact], labels: Sequence[Artifact]) -> Itera
             yield part.filter(marks["keep"])
 
 
+def refuse_another_tokenizer(rollouts: Sequence[Artifact], given: Artifact, name: str) -> None:
+    """Raise `ContractError` where rollouts say that their tokens are another tokenizer's than that of model `name`.
+
+    Rollouts that do not say, because they were adopted from elsewhere, pass.
+    """
+    paths = [path for artifact in rollouts for path in artifact.part_paths()]
+    digests = {path: (pq.read_schema(path).metadata or {}).get(b"tokenizer_digest", b"").decode() for path in paths}
+    if not any(digests.values()):
+        return
+    own = Chat(given.path).metadata()["tokenizer_digest"]
+    for path, digest in digests.items():
+        if digest not in ("", own):
+            raise ContractError(
+                f"the {name} has another tokenizer ({own}) than the rollouts ({digest}): it would read other text",
+                f"{given.path} and {path}",
+                f"name a {name} with the tokenizer of the policy that sampled; where the tokens are the same and only "
+                "the tokenizer's files differ, copy those of that policy",
+            )
+
+
+def refuse_foreign(parts: Sequence[pa.Table], vocab_size: int, given: Artifact) -> None:
+    """Raise `ArtifactError` where the rollouts hold tokens that a model with `vocab_size` of them does not know."""
+    flat = (pc.list_flatten(part[name]) for part in parts for name in ("prompt_tokens", "response_tokens"))
+    largest = max(pc.max(tokens).as_py() for tokens in flat)
+    if largest >= vocab_size:
+        raise ArtifactError(
+            f"the rollouts hold token id {largest}, and the model knows {vocab_size} tokens", str(given.path),
+            "name a model with the tokenizer of the policy that sampled",
+        )  # fmt: skip
+
+
 def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Array:
     """What `reader` makes of every response with `model`, rows in the order of `part`.
 
@@ -154,6 +190,7 @@ def mismatch(sampler: pa.ChunkedArray, trainer: pa.ListArray) -> Numbers:
     outside = (np.abs(d) > np.log(2)).mean()
     return {
         "kl/sampler": (float(d.mean()), "nat"),
+        "kl/sampler_abs": (float(np.abs(d).mean()), "nat"),
         "kl/sampler_max": (float(np.abs(d).max()), "nat"),
         "kl/sampler_outside": (float(outside), "fraction"),
     }
@@ -173,6 +210,9 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         if given is None:
             name = MODEL_OF[need]
             raise InputError(f"{need} needs a {name}", do=f"name it: --{name.replace('_', '-')} PATH")
+        facts = checkpoint.inspect(given.path, KIND_OF.get(need, "policy"))
+        refuse_another_tokenizer(inputs.rollouts, given, MODEL_OF[need].replace("_", " "))
+        refuse_foreign(parts, facts.vocab_size, given)
         model, reader = _reading(need, given, settings.temperature)
         for part, filled in zip(parts, columns, strict=True):
             filled[need] = read(model, reader, part, settings.micro_batch_tokens)
@@ -185,13 +225,10 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
 def _reading(need: Need, given: Artifact, temperature: float) -> tuple[nn.Module, Reader]:
     """The model that fills a column, and how."""
     if need == "values":
-        checkpoint.inspect(given.path, "critic")
         critic = checkpoint.load_critic(given.path, "float32").to(device())
         return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
     if need == "reward_scores":
-        checkpoint.inspect(given.path, "reward_model")
         return checkpoint.load_reward_model(given.path, "float32").to(device()), response_scores
-    checkpoint.inspect(given.path)
     reader = partial(response_logprobs, temperature=temperature)
     policy = checkpoint.load_policy(given.path, "float32").to(device())
     return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs

@@ -12,7 +12,7 @@ under that same distribution. A greedy token is the argmax; its log-probability 
 Adding an engine is one file and one line in `ENGINES`; the conformance suite does the rest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -126,8 +126,14 @@ class Engine(Protocol):
         """Sample from these weights from now on."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
-        """Yield every response of every group, in the order in which they are finished."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
+        """Yield every response of every group, in the order in which they are finished.
+
+        Groups of prompts in `done` are there from an earlier call with the same request, and are not yielded. On a CPU
+        the others are, bit for bit, what that call would have gone on with.
+        """
         ...
 
     def describe(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ It has no distribution to search, so it refuses beams.
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,9 @@ class ScriptedEngine:
             if self._told is None:
                 self._script = _written(script) if script.exists() else None
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
         """Yield the groups in the order of the prompts."""
         ensure_open(self)
         check_request(prompts, seeds, plan, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
@@ -64,7 +66,7 @@ class ScriptedEngine:
                 "the scripted engine cannot search with beams: its responses have no probabilities",
                 do="name another engine (resources.engine), or leave beams out",
             )
-        return self._say(prompts, seeds, plan)
+        return self._say([(i, prompts[i], seeds[i]) for i in range(len(prompts)) if i not in done], plan)
 
     def describe(self) -> dict[str, str]:
         """No arithmetic, so no dtype."""
@@ -77,10 +79,10 @@ class ScriptedEngine:
         """Refuse to say anything more."""
         self.closed = True
 
-    def _say(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
-        for index, prompt in enumerate(prompts):
+    def _say(self, prompts: list[tuple[int, Sequence[int], int]], plan: Sampling) -> Iterator[Completion]:
+        for index, prompt, first_seed in prompts:
             for sample in plan.samples:
-                seed = response_seed(seeds[index], sample)
+                seed = response_seed(first_seed, sample)
                 with fatal(self, "saying the script", f"prompt {index}"):
                     if self._script is None:
                         told = self._babble(prompt, seed, plan, greedy=sample == GREEDY)

@@ -6,7 +6,7 @@ Beams are searched as `beams.py` says.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +58,19 @@ class TransformersEngine:
                 raise EngineError(f"no tensor for {sorted(loading['missing_keys'])}", where=str(checkpoint))
             self._model = model.to(self.device).eval()
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
-        """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
+        """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time.
+
+        A batch of which some prompts are done is sampled whole all the same: the last digits of a row depend on how
+        many rows it is multiplied with.
+        """
         ensure_open(self)
         config = self._model.config
         limit = self.options.max_model_len or config.max_position_embeddings
         check_request(prompts, seeds, plan, vocab_size=config.vocab_size, max_model_len=limit)
-        return self._batches(prompts, seeds, plan)
+        return self._batches(prompts, seeds, plan, done)
 
     def describe(self) -> dict[str, str]:
         """Engine, version, dtype of the arithmetic, log-probability mode."""
@@ -87,13 +93,17 @@ class TransformersEngine:
         self.closed = True
         self._model = None
 
-    def _batches(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int]
+    ) -> Iterator[Completion]:
         self._model.to(self.device)
         deadline = time.monotonic() + self.options.timeout
         groups = max(1, self.options.max_num_seqs // (plan.beams or len(plan.samples)))
         kind = _SampledBatch if plan.beams is None else _SearchedBatch
         for start in range(0, len(prompts), groups):
             chosen = range(start, min(start + groups, len(prompts)))
+            if all(index in done for index in chosen):
+                continue
             with fatal(self, "reading the prompts"):
                 batch = kind(self._model, [(i, prompts[i], seeds[i]) for i in chosen], plan, self.device)
             while batch.going:
@@ -101,7 +111,7 @@ class TransformersEngine:
                     finished = batch.step()
                     if time.monotonic() > deadline:
                         raise EngineError(f"sampling took longer than {self.options.timeout} s", do="raise timeout")
-                yield from finished
+                yield from (completion for completion in finished if completion.prompt not in done)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ The same file drives the CPU and the GPU build. What it takes care of, because v
   of the engine, twice an error.
 - A tensor that the checkpoint lacks is left as it was, silently: the probe refuses it.
 - After any exception the engine keeps requests that never finish: it is closed.
+- On a CPU with several threads the last digits of a response depend on what it is batched with, because attention is
+  split by how much work there is: it is not split. `generate` needs that to go on where an earlier call was cut off.
 - Importing and starting it changes the process (environment, thread setter, warnings, stderr): put back.
 """
 
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +52,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # its errors reach us a
 if not ON_GPU:
     # A CPU compiles only the rank of the sampled token: seconds, and a C++ compiler, for a number nobody reads.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")  # with it, rows would depend on their batch
 
 
 @contextlib.contextmanager
@@ -84,6 +87,9 @@ CPU_CACHE_BYTES = 2**30
 CPU_BATCH_TOKENS = 4096
 CPU_BLOCK_TOKENS = 128
 PROBED_COLUMNS = 4
+
+Wanted = Mapping[int, tuple[Sequence[int], int]]
+"""Index of a prompt -> its tokens and its seed."""
 
 
 class VllmEngine:
@@ -120,8 +126,10 @@ class VllmEngine:
                 raise EngineError(f"the engine does not compute with the checkpoint's weights: {stale}")
             self._checkpoint, self._layout = checkpoint, layout
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
-        """Submit everything at once and yield each group when its last response is finished.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+    ) -> Iterator[Completion]:
+        """Submit everything that is not done at once and yield each group when its last response is finished.
 
         `timeout` is looked at between steps; a step that never returns can only be ended from outside the process.
         """
@@ -130,7 +138,8 @@ class VllmEngine:
             self.load(self._checkpoint)
         config = self._llm.model_config
         check_request(prompts, seeds, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len)
-        return self._stream(prompts, seeds, plan)
+        wanted = {index: (prompts[index], seeds[index]) for index in range(len(prompts)) if index not in done}
+        return self._stream(wanted, plan)
 
     def describe(self) -> dict[str, str]:
         """Engine, version, dtype of the arithmetic, log-probability mode."""
@@ -220,18 +229,18 @@ class VllmEngine:
         with _quiet(), _Tensors(checkpoint) as tensors:
             return str(self._llm.apply_model(lambda model: _first_difference(model, tensors))[0])
 
-    def _stream(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling) -> Iterator[Completion]:
+    def _stream(self, wanted: Wanted, plan: Sampling) -> Iterator[Completion]:
         ensure_open(self)
         self._ensure_idle()
         deadline = time.monotonic() + self.options.timeout
         if plan.beams is not None:
-            yield from self._search(prompts, seeds, plan, deadline)
+            yield from self._search(wanted, plan, deadline)
             return
         with fatal(self, "submitting the prompts"), _quiet():
-            waiting = self._submit(prompts, seeds, plan)
+            waiting = self._submit(wanted, plan)
         for (index, first), output in self._outputs(waiting, deadline):
             with fatal(self, "sampling"):
-                finished = list(_completions(output, index, first, seeds))
+                finished = list(_completions(output, index, first, wanted[index][1]))
             yield from finished
 
     def _outputs(self, waiting: dict[str, tuple[int, int]], deadline: float) -> Iterator[tuple[tuple[int, int], Any]]:
@@ -255,9 +264,7 @@ class VllmEngine:
             if waiting and not self.closed:
                 engine.abort_request(list(waiting))
 
-    def _search(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, deadline: float
-    ) -> Iterator[Completion]:
+    def _search(self, wanted: Wanted, plan: Sampling, deadline: float) -> Iterator[Completion]:
         """Ask for one token after each growing beam, round after round; the prefix cache knows what stands before it.
 
         vLLM's own `beam_search` knows one end token, and needs the tokenizer to know that.
@@ -267,11 +274,11 @@ class VllmEngine:
             temperature=0.0, max_tokens=1, logprobs=min(BeamSearch.choices(plan), vocabulary), ignore_eos=True,
             detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        searches = [BeamSearch(index, plan) for index in range(len(prompts))]
+        searches = [BeamSearch(index, plan) for index in wanted]
         while searches:
             with fatal(self, "submitting the beams"), _quiet():
                 waiting = {
-                    self._add({"prompt_token_ids": [*prompts[search.prompt], *beam.tokens]}, ask): (row, place)
+                    self._add({"prompt_token_ids": [*wanted[search.prompt][0], *beam.tokens]}, ask): (row, place)
                     for row, search in enumerate(searches)
                     for place, beam in enumerate(search.growing)
                 }
@@ -280,13 +287,11 @@ class VllmEngine:
             with fatal(self, "searching"):
                 for row, search in enumerate(searches):
                     search.advance([_following(outputs[row, place]) for place in range(len(search.growing))])
-                    over += [] if search.growing else list(search.completions(seeds[search.prompt]))
+                    over += [] if search.growing else list(search.completions(wanted[search.prompt][1]))
             searches = [search for search in searches if search.growing]
             yield from over
 
-    def _submit(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling
-    ) -> dict[str, tuple[int, int]]:
+    def _submit(self, wanted: Wanted, plan: Sampling) -> dict[str, tuple[int, int]]:
         """Queue everything; return request id -> (prompt index, first sample)."""
         common: dict[str, Any] = {
             "max_tokens": plan.max_tokens,
@@ -297,14 +302,14 @@ class VllmEngine:
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
         waiting = {}
-        for index, prompt in enumerate(prompts):
+        for index, (prompt, seed) in wanted.items():
             request = {"prompt_token_ids": list(prompt)}
             if plan.greedy:
                 waiting[self._add(request, SamplingParams(temperature=0.0, **common))] = (index, GREEDY)
             if plan.group_size:
                 parameters = SamplingParams(
                     n=plan.group_size,
-                    seed=seeds[index],
+                    seed=seed,
                     temperature=plan.temperature,
                     top_p=plan.top_p,
                     top_k=plan.top_k or 0,
@@ -319,7 +324,7 @@ class VllmEngine:
         return name
 
 
-def _completions(output: Any, index: int, first: int, seeds: Sequence[int]) -> Iterator[Completion]:
+def _completions(output: Any, index: int, first: int, seed: int) -> Iterator[Completion]:
     for response in output.outputs:
         if response.finish_reason not in ("stop", "length"):
             raise EngineError(f"a response ended with {response.finish_reason!r}", where=f"prompt {index}")
@@ -333,7 +338,7 @@ def _completions(output: Any, index: int, first: int, seeds: Sequence[int]) -> I
                 do="check the checkpoint's tensors",
             )
         finish: Literal["stop", "length"] = response.finish_reason
-        yield Completion(index, sample, tokens, logprobs, finish, response_seed(seeds[index], sample))
+        yield Completion(index, sample, tokens, logprobs, finish, response_seed(seed, sample))
 
 
 def _following(output: Any) -> list[Next]:

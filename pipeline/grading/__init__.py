@@ -15,11 +15,15 @@ A grader that may hang or eat memory says `risky = True` and works in processes 
 Where there is no reference, answers are compared with each other: `classes()` numbers the equal ones of a group.
 """
 
+import hashlib
 import importlib
-from collections.abc import Hashable, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.errors import InputError
+from pipeline.journal import Journal
 
 Status = Literal["correct", "wrong", "no answer", "bad reference", "timeout", "error"]
 Reading = Literal["read", "no answer", "unreadable", "timeout", "error"]
@@ -36,6 +40,10 @@ PROBE = "0"
 
 LOST: Mapping[str, Literal["timeout", "error"]] = {"timeout": "timeout", "error": "error"}
 """Statuses of rows that the grader did not get through."""
+
+
+Row = tuple[Any, str | None]
+"""A response, or an answer extracted already (None: there is none), and the reference."""
 
 
 class Grader(Protocol):
@@ -65,6 +73,53 @@ class Judgement(NamedTuple):
     correct: bool | None
     extracted: str | None
     status: Status
+
+
+class Work(Protocol):
+    """Judges different rows, one judgement per row, in order."""
+
+    def __call__(
+        self, rows: Sequence[Row], /, *, workers: int, learn: Callable[[Row, Judgement], None] | None = None
+    ) -> list[Judgement]:
+        """Judge, and hand each judgement to `learn` as soon as it is there."""
+        ...
+
+
+class Memory:
+    """What graders that work in processes said of rows, for a stage that may be killed and tried again.
+
+    With it, rows that they did not get through are tried once more after the others of the call, by half as many
+    processes: a machine that was busy for a moment should not cost a label. Such rows are never remembered.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._known = {name: Judgement(*judgement) for name, *judgement in journal.entries()}
+        self.retried = 0
+        """Rows tried once more."""
+        self.recovered = 0
+        """Those of them that the grader then got through."""
+
+    def judge(self, rows: Sequence[Row], work: Work, workers: int, about: tuple[str, bool]) -> list[Judgement]:
+        """Let `work` judge those of these different rows that no earlier try did; `about` is whose rows they are."""
+        names = {row: _name(about, row) for row in rows}
+        verdicts = {row: self._known[name] for row, name in names.items() if name in self._known}
+
+        def learn(row: Row, judgement: Judgement) -> None:
+            if judgement.status not in LOST:
+                self._journal.add([names[row], *judgement])
+
+        left = [row for row in rows if row not in verdicts]
+        verdicts |= zip(left, work(left, workers=workers, learn=learn), strict=True)
+        lost = [row for row in left if verdicts[row].status in LOST]
+        verdicts |= zip(lost, work(lost, workers=max(1, workers // 2), learn=learn), strict=True)
+        self.retried += len(lost)
+        self.recovered += sum(verdicts[row].status not in LOST for row in lost)
+        return [verdicts[row] for row in rows]
+
+
+def _name(about: tuple[str, bool], row: Row) -> str:
+    return hashlib.blake2b(json.dumps([*about, *row]).encode(), digest_size=16).hexdigest()
 
 
 class Vote(NamedTuple):
@@ -105,14 +160,17 @@ def judge(
     *,
     timeout: float = 5.0,
     workers: int,
+    memory: Memory | None = None,
 ) -> list[Judgement]:
     """Judge responses[i] against references[i]; one judgement per row, in order, whatever happens.
 
     `timeout` is in seconds per row; `workers` is the number of processes a risky grader may use (they are kept for
     the next call). Equal rows are judged once. Without a reference the answer is extracted all the same, so a column
-    of None extracts. Raises `InputError` for an unknown grader, `ValueError` when the columns differ in length.
+    of None extracts. What `memory` has is not judged again, and the rest is added to it. Raises `InputError` for an
+    unknown grader, `ValueError` when the columns differ in length, `GraderError` when no grading process starts.
     """
-    return _judged(grader_name, list(zip(responses, references, strict=True)), timeout, workers, extracted=False)
+    rows = list(zip(responses, references, strict=True))
+    return _judged(grader_name, rows, timeout, workers, memory, extracted=False)
 
 
 def compare(
@@ -122,9 +180,10 @@ def compare(
     *,
     timeout: float = 5.0,
     workers: int,
+    memory: Memory | None = None,
 ) -> list[Judgement]:
     """Judge answers that are extracted already; otherwise as `judge`."""
-    return _judged(grader_name, list(zip(answers, references, strict=True)), timeout, workers, extracted=True)
+    return _judged(grader_name, list(zip(answers, references, strict=True)), timeout, workers, memory, extracted=True)
 
 
 def classes(
@@ -134,17 +193,19 @@ def classes(
     *,
     timeout: float = 5.0,
     workers: int,
+    memory: Memory | None = None,
 ) -> Classes:
     """Extract the answer of each response and number the equal ones of each group; one vote per response, in order.
 
     An answer is compared with the first member of each class, in the order of the classes, and joins the first that it
     equals: `same` need be neither symmetric nor transitive, so the order of the responses decides what is compared
-    with what. Equal strings are compared once. `timeout` (in seconds), `workers` and errors are those of `judge`.
+    with what. Equal strings are compared once. `timeout` (in seconds), `workers`, `memory` and errors are those of
+    `judge`.
     """
     rows = list(zip(responses, group, strict=True))
-    found = judge(grader_name, responses, [None] * len(rows), timeout=timeout, workers=workers)
+    found = judge(grader_name, responses, [None] * len(rows), timeout=timeout, workers=workers, memory=memory)
     answers = list(dict.fromkeys(row.extracted for row in found if row.extracted is not None))
-    probes = compare(grader_name, [PROBE] * len(answers), answers, timeout=timeout, workers=workers)
+    probes = compare(grader_name, [PROBE] * len(answers), answers, timeout=timeout, workers=workers, memory=memory)
     readings = {answer: _reading(probe) for answer, probe in zip(answers, probes, strict=True)}
     waiting: dict[Hashable, dict[str, None]] = {}
     for (_, g), row in zip(rows, found, strict=True):
@@ -154,7 +215,7 @@ def classes(
     if open_grader(grader_name).literal:
         numbers, lost = {(g, answer): n for g, those in distinct.items() for n, answer in enumerate(those)}, 0
     else:
-        numbers, lost = _numbered(grader_name, distinct, timeout, workers)
+        numbers, lost = _numbered(grader_name, distinct, timeout, workers, memory)
     votes = []
     for (_, g), (_, answer, status) in zip(rows, found, strict=True):
         if answer is None:
@@ -170,7 +231,7 @@ def _reading(probe: Judgement) -> Reading:
 
 
 def _numbered(
-    grader_name: str, distinct: dict[Hashable, list[str]], timeout: float, workers: int
+    grader_name: str, distinct: dict[Hashable, list[str]], timeout: float, workers: int, memory: Memory | None
 ) -> tuple[dict[tuple[Hashable, str], int], int]:
     """Class of each (group, answer), and comparisons lost.
 
@@ -182,8 +243,9 @@ def _numbered(
     while distinct:
         pairs = [(g, answer, those[0]) for g, those in distinct.items() for answer in those[1:]]
         compared = compare(
-            grader_name, [a for _, a, _ in pairs], [b for _, _, b in pairs], timeout=timeout, workers=workers
-        )
+            grader_name, [a for _, a, _ in pairs], [b for _, _, b in pairs], timeout=timeout, workers=workers,
+            memory=memory,
+        )  # fmt: skip
         lost += sum(judgement.correct is None for judgement in compared)
         same = {(g, answer) for (g, answer, _), judgement in zip(pairs, compared, strict=True) if judgement.correct}
         numbers |= {(g, those[0]): turn for g, those in distinct.items()} | dict.fromkeys(same, turn)
@@ -194,7 +256,7 @@ def _numbered(
 
 
 def _judged(
-    grader_name: str, rows: Sequence[tuple[Any, str | None]], timeout: float, workers: int, *, extracted: bool
+    grader_name: str, rows: Sequence[Row], timeout: float, workers: int, memory: Memory | None, *, extracted: bool
 ) -> list[Judgement]:
     """Judge different rows once, where the grader may run."""
     grader = open_grader(grader_name)
@@ -202,8 +264,11 @@ def _judged(
     if grader.risky:
         from pipeline.grading.pool import shared_pool
 
-        pool = shared_pool(grader_name)
-        judged = pool.judge(different, timeout=timeout, workers=workers, extracted=extracted)
+        work = partial(shared_pool(grader_name).judge, timeout=timeout, extracted=extracted)
+        if memory is None:
+            judged = work(different, workers=workers)
+        else:
+            judged = memory.judge(different, work, workers, (grader_name, extracted))
     else:
         row_judge = compare_row if extracted else judge_row
         judged = [row_judge(grader, text, reference) for text, reference in different]

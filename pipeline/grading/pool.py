@@ -21,12 +21,12 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from pipeline.errors import PipelineError
-from pipeline.grading import Judgement, Status
+from pipeline.errors import GraderError
+from pipeline.grading import Judgement, Row, Status
 from pipeline.grading.worker import frame
 
 MEMORY = 2 * 1024**3
@@ -41,8 +41,7 @@ START = 120.0
 MOST_FAILED_STARTS = 3
 """Processes in a row that may die without a word before they are ready."""
 
-Row = tuple[str | None, str | None]
-"""A response, or an answer extracted already, and the reference."""
+Learn = Callable[[Row, Judgement], None]
 
 
 class Worker:
@@ -52,13 +51,17 @@ class Worker:
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed with the worker
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [sys.executable, "-P", "-m", "pipeline.grading.worker", grader_name, str(MEMORY)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                [sys.executable, "-P", "-m", "pipeline.grading.worker", grader_name, str(MEMORY)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except OSError as error:
+            self._complaints.close()
+            raise GraderError(f"no grading process can be started: {error}", do="free memory, and run again") from error
         self._requests = cast("IO[bytes]", self._process.stdin)
         self.results = cast("IO[bytes]", self._process.stdout)
         self._unread = b""
@@ -119,16 +122,20 @@ class Pool:
         self._workers: list[Worker] = []
         self._one_at_a_time = threading.Lock()
 
-    def judge(self, rows: Sequence[Row], *, timeout: float, workers: int, extracted: bool = False) -> list[Judgement]:
+    def judge(
+        self, rows: Sequence[Row], *, timeout: float, workers: int, extracted: bool = False, learn: Learn | None = None
+    ) -> list[Judgement]:
         """Judge (response, reference) rows with up to `workers` processes and `timeout` seconds for each row.
 
-        `extracted` says that the rows hold answers in place of responses. Raises `PipelineError` when a worker cannot
-        start. An exception on the way, a keyboard interrupt included, ends the workers, so that none is left in the
-        middle of a batch.
+        `extracted` says that the rows hold answers in place of responses; `learn` is told each judgement as soon as it
+        is there. Raises `GraderError` when a worker cannot start. An exception on the way, a keyboard interrupt
+        included, ends the workers, so that none is left in the middle of a batch.
         """
         with self._one_at_a_time:
             try:
-                work = _Work(self._grader_name, self._workers, rows, timeout, max(1, workers), extracted=extracted)
+                work = _Work(
+                    self._grader_name, self._workers, rows, timeout, max(1, workers), extracted=extracted, learn=learn
+                )
                 return work.done()
             except BaseException:
                 self.close()
@@ -145,10 +152,10 @@ class _Work:
 
     def __init__(
         self, grader_name: str, workers: list[Worker], rows: Sequence[Row], seconds: float, most: int, *,
-        extracted: bool,
+        extracted: bool, learn: Learn | None,
     ) -> None:  # fmt: skip
         self._grader_name, self._workers, self._rows, self._seconds = grader_name, workers, rows, seconds
-        self._extracted = extracted
+        self._extracted, self._learn = extracted, learn
         self._most = min(most, len(rows))
         self._waiting = deque(range(len(rows)))
         self._judged: dict[int, Judgement] = {}
@@ -202,23 +209,28 @@ class _Work:
                 worker.ready = True
                 self._failed_starts = 0
             else:
-                self._judged[worker.rows.popleft()] = Judgement(*message)
+                self._note(worker.rows.popleft(), Judgement(*message))
             worker.deadline = time.monotonic() + self._seconds
 
     def _lose(self, worker: Worker, status: Status) -> None:
         """Give up the row a worker is at, and put its other rows back in the queue."""
         if worker.ready:
-            self._judged[worker.rows.popleft()] = Judgement(None, None, status)
+            self._note(worker.rows.popleft(), Judgement(None, None, status))
             self._waiting.extendleft(reversed(worker.rows))
         else:
             self._note_failed_start(worker.last_words())
         self._dismiss(worker)
 
+    def _note(self, index: int, judgement: Judgement) -> None:
+        self._judged[index] = judgement
+        if self._learn is not None:
+            self._learn(self._rows[index], judgement)
+
     def _note_failed_start(self, last_words: str) -> None:
         """Let another process be started where this one was killed from outside; raise where it complained."""
         self._failed_starts += 1
         if last_words or self._failed_starts == MOST_FAILED_STARTS:
-            raise PipelineError(
+            raise GraderError(
                 "a grading process does not start",
                 where=last_words or f"killed, or silent for {START:.0f} s, {self._failed_starts} times in a row",
                 do=f"{sys.executable} -m pipeline.grading.worker {self._grader_name} {MEMORY}",

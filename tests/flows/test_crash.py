@@ -5,6 +5,7 @@ it ends; every artifact must then be the one of a run that nobody disturbed. Fiv
 kills a hundred times under each launcher, over recipes with a critic and with a reward model, and a few times in vLLM.
 """
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,9 @@ SMALL = (
 )  # fmt: skip
 
 
+PROCESS = "resources.launcher=process"
+
+
 @dataclass
 class Bench:
     """A folder in which one run is made undisturbed, and others are killed."""
@@ -43,10 +48,21 @@ class Bench:
     killed: int = 0
     dice: random.Random = field(default_factory=random.Random)
 
-    def start(self, root: str) -> subprocess.Popen[bytes]:
+    def start(self, root: str, *options: str) -> subprocess.Popen[bytes]:
         """Run it in a process group of its own."""
         changes = [word for change in (*SMALL, *self.words[1:]) for word in ("--set", change)]
-        command = ["run", "arithmetic", "--recipe", self.words[0], "--root", root, "--name", "small", *changes]
+        command = [
+            "run",
+            "arithmetic",
+            "--recipe",
+            self.words[0],
+            "--root",
+            root,
+            "--name",
+            "small",
+            *changes,
+            *options,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PREFECT_API_URL": self.server}
         with (self.folder / f"{root}.log").open("ab") as log:
             return subprocess.Popen(
@@ -132,3 +148,49 @@ def test_a_hundred_kills_lose_nothing_and_change_nothing(tmp_path, server, recip
     sys.stderr.write(
         f"{recipe}, {engine}, {launcher}: {bench.killed} kills in {stories} runs, none lost or different\n"
     )
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, server):
+    """A bench whose stages run in processes of their own, and its undisturbed run."""
+    bench = Bench(
+        tmp_path_factory.mktemp("processes"), server, ("dapo", "resources.engine=transformers", PROCESS)
+    )  # fmt: skip
+    bench.undisturbed()
+    return bench
+
+
+def note_of(bench: Bench, root: str, stage: str) -> dict[str, object]:
+    """Who makes a stage's artifact, as soon as somebody does."""
+    for _ in range(1200):
+        for note in (bench.folder / root).rglob(f".part-{stage}-*/working/holder.json"):
+            with suppress(OSError, ValueError):  # it comes and goes
+                told: dict[str, object] = json.loads(note.read_text())
+                return told
+        time.sleep(0.05)
+    raise TimeoutError(stage)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rollouts-0"])
+def test_a_stage_that_is_killed_alone_is_told_by_its_signal_and_the_next_run_goes_on(processes, stage):
+    """What the kernel does to a process when memory runs out."""
+    root = f"starved-{stage}"
+    process = processes.start(root)
+    os.kill(int(str(note_of(processes, root, stage)["pid"])), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    said = (processes.folder / f"{root}.log").read_text()
+    assert "was killed by SIGKILL" in said and "out of memory?" in said and "micro_batch_tokens" in said
+    assert "Traceback" not in said.partition("error:")[2]
+    processes.assert_whole(root)
+    assert processes.start(root).wait(timeout=600) == 0
+    processes.assert_same(root)
+
+
+def test_of_two_on_one_run_the_second_says_who_the_first_is_or_waits_for_it(processes):
+    first = processes.start("shared")
+    note_of(processes, "shared", "sft")
+    second, third = processes.start("shared"), processes.start("shared", "--wait")
+    assert second.wait(timeout=60) == 1
+    assert f"process {first.pid} on" in (processes.folder / "shared.log").read_text()
+    assert (first.wait(timeout=600), third.wait(timeout=600)) == (0, 0)
+    processes.assert_same("shared")

@@ -1,7 +1,13 @@
+import json
 import math
+import signal
 import subprocess
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.algorithms.filters import FILTERS
@@ -10,8 +16,11 @@ from pipeline.artifacts import Artifact
 from pipeline.contracts import PROMPTS, ROLLOUTS, SCORES
 from pipeline.errors import ContractError, ExperimentError, InputError, RecipeError
 from pipeline.experiment import Experiment
+from pipeline.grading import judge
+from pipeline.grading.pool import Pool, shared_pool
 from stages.label import Settings, dropped, label, lottery, without_surplus
 
+ROOT = Path(__file__).parents[2]
 VERIFIER = {"kind": "verifier", "correct": 1.0, "wrong": -1.0}
 VOTE = {"kind": "majority_vote"}
 CONFIDENCE = {"kind": "self_confidence"}
@@ -147,6 +156,91 @@ def test_a_response_that_hangs_the_grader_is_dropped_and_the_others_are_judged(l
     assert column(made, "correct") == [True, None, False]
     assert column(made, "verdict") == ["correct", "timeout", "wrong"]
     assert column(made, "dropped") == [None, "grader timeout", None]
+
+
+@pytest.fixture
+def slow(by_hand):
+    """Inputs of two parts whose grading takes seconds: two responses hang."""
+    texts = [HANGS + " " * n if n in (4, 14) else f"\\boxed{{{n}}}" for n in range(20)]
+    parts = [group("a", texts), group("b", texts[:8])]
+    asked = [prompt(name, answer="3", grader="math") for name in "ab"]
+    return {"rollouts": by_hand(ROLLOUTS, *parts).path, "prompts": by_hand(PROMPTS, asked).path}
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The rows that are handed to grading processes."""
+    seen, judge_rows = [], Pool.judge
+
+    def watched(pool, rows, **how):
+        seen.extend(rows)
+        return judge_rows(pool, rows, **how)
+
+    monkeypatch.setattr(Pool, "judge", watched)
+    return seen
+
+
+@pytest.mark.parametrize("labeler", [VERIFIER, VOTE], ids=lambda line: line["kind"])
+def test_a_killed_labelling_keeps_its_judgements(slow, tmp_path, sent, labeler):
+    given = settings(label=labeler, grader_seconds=0.6)
+    words = label.command(tmp_path / "out", given, **slow)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        kept = []
+        while len(kept) < 7:
+            assert process.poll() is None
+            time.sleep(0.002)
+            for path in tmp_path.glob(".part-out-*/working/judgements.jsonl"):
+                kept = path.read_bytes().splitlines()
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    (path,) = tmp_path.glob(".part-out-*/working/judgements.jsonl")
+    kept = path.read_text().splitlines()
+    assert not {json.loads(line.partition(" ")[2])[-1] for line in kept} & {"timeout", "error"}
+    made = label.run(tmp_path / "out", given, **slow)
+    resumed = list(sent)
+    sent.clear()
+    whole = label.run(tmp_path / "whole", given, **slow)
+    assert made.manifest.digest == whole.manifest.digest
+    assert len(sent) - len(resumed) >= len(kept) - 1  # the last line may be cut off
+    assert Counter(resumed) <= Counter(sent)
+    assert {name: made.stats[name] for name in whole.stats if name != "seconds"} == {
+        name: value for name, value in whole.stats.items() if name != "seconds"
+    }
+
+
+def test_rows_that_hang_are_tried_once_more_and_counted(labelled, numbers):
+    asked = [prompt("a", answer="3", grader="math"), prompt("b", answer="3")]
+    made = labelled({"a": ["\\boxed{3}", HANGS, "4"], "b": ["3", "1"]}, prompts=asked, grader_seconds=0.5)
+    assert made.stats["grader/failures"] == numbers(made)["grader/failures", 0] == 1 / 5
+    assert (made.stats["grader/retried"], made.stats["grader/recovered"]) == (1, 0)
+    assert (numbers(made)["grader/retried", 0], numbers(made)["grader/recovered", 0]) == (1, 0)
+
+
+def test_a_grading_process_that_stood_still_for_a_moment_costs_no_label(labelled):
+    shared_pool("math").close()
+    judge("math", ["A: 1"], ["1"], workers=1)
+    (worker,) = (one for one in psutil.Process().children() if "pipeline.grading.worker" in one.cmdline())
+    worker.suspend()
+    made = labelled({"a": ["3", "4"]}, prompts=[prompt("a", answer="3", grader="math")], grader_seconds=0.5)
+    assert column(made, "verdict") == ["correct", "wrong"]
+    assert made.stats["grader/retried"] == made.stats["grader/recovered"] == 1
+    assert made.stats["grader/failures"] == 0
+
+
+@pytest.mark.parametrize("labeler", [VERIFIER, VOTE, CONFIDENCE], ids=lambda line: line["kind"])
+def test_failures_are_a_share_of_what_was_graded_the_greedy_response_included(labelled, labeler):
+    """An extraction, or a comparison, that is lost; where nothing is graded there are none."""
+    asked = [prompt("a", grader="math"), prompt("b", answer=None, grader="none")]
+    if labeler != CONFIDENCE:
+        asked[1] = prompt("b")
+    groups = {"a": [HANGS, "1", HANGS, "2"]} | ({"b": ["1"]} if labeler == CONFIDENCE else {})
+    made = labelled(groups, prompts=asked, label=labeler, grader_seconds=0.5, first=-1)
+    assert made.stats["grader/failures"] == 2 / 4
+
+
+def test_where_nothing_is_graded_nothing_fails(labelled):
+    made = labelled({"a": ["1", "2"]}, label=CONFIDENCE, prompts=[prompt("a", None, "none")])
+    assert made.stats["grader/failures"] == made.stats["grader/retried"] == 0
 
 
 def test_each_prompt_names_its_grader(labelled):

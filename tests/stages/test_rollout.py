@@ -1,7 +1,16 @@
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections import Counter
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -9,15 +18,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS
 from pipeline.engines import Completion, Sampling
-from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError
-from pipeline.models.checkpoint import load_policy
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
+from pipeline.journal import Journal
+from pipeline.models.checkpoint import load_policy, save
 from pipeline.models.forward import response_logprobs
+from pipeline.models.fresh import ModelSpec, create
 from pipeline.sources.rows import identity
 from pipeline.text import Chat
-from stages.rollout import Asked, occurrences, questions, rollout, sampled, short_enough, stream, tokenized
+from stages.rollout import (
+    Asked,
+    occurrences,
+    questions,
+    refuse_foreign,
+    repeated,
+    rollout,
+    short_enough,
+    stream,
+    tokenized,
+    whole_groups,
+)
 
+ROOT = Path(__file__).parents[2]
 SIZES = st.integers(1, 12)
 
 
@@ -25,8 +50,8 @@ SIZES = st.integers(1, 12)
 def scripted(policy, tmp_path):
     """The session's policy with a script: prompt text -> responses, as texts without the end token."""
 
-    def write(script):
-        place = shutil.copytree(policy.path, tmp_path / "scripted", ignore=shutil.ignore_patterns("manifest.json"))
+    def write(script, name="scripted"):
+        place = shutil.copytree(policy.path, tmp_path / name, ignore=shutil.ignore_patterns("manifest.json"))
         chat = Chat(place)
         lines = {}
         for prompt, responses in script.items():
@@ -193,15 +218,16 @@ def test_a_prompt_as_long_as_the_limit_is_asked():
     assert short_enough([[1] * 8, [1] * 9, [1]], 8) == [0, 2]
 
 
-def test_the_order_of_completions_does_not_matter_and_a_missing_one_does(policy):
+def test_the_order_of_completions_does_not_matter_and_a_missing_one_does():
     asked, plan = [Asked("a", [4], 0), Asked("b", [5], 0)], Sampling(group_size=2, max_tokens=4, stop_ids=(1,))
     said = [Completion(prompt, s, [6 + prompt, 4 + s, 1], [-1.0] * 3, "stop", s) for prompt in (0, 1) for s in (0, 1)]
-    chat = Chat(policy.path)
-    table = sampled(asked, iter(said), plan, chat)
-    assert table.equals(sampled(asked, iter(said[::-1]), plan, chat))
-    assert table["response_tokens"].to_pylist() == [completion.tokens for completion in said]
+    assert list(whole_groups(asked, said, plan)) == [(0, said[:2]), (1, said[2:])]
+    assert list(whole_groups(asked, said[::-1], plan)) == [(1, said[2:]), (0, said[:2])]
+    assert list(whole_groups(asked, said[2:], plan, done={0})) == [(1, said[2:])]
+    found = whole_groups(asked, said[:3], plan)
+    assert next(found) == (0, said[:2])
     with pytest.raises(EngineError, match="1 of 2 responses") as error:
-        sampled(asked, iter(said[:3]), plan, chat)
+        next(found)
     assert error.value.where == "prompt b"
 
 
@@ -242,25 +268,102 @@ def test_cut_responses_say_so(prompts, policy, sampling, tmp_path, numbers):
     assert numbers(made)["length/cut", 0] == 1.0
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_resumed_sampling_equals_an_uninterrupted_one(rollouts, prompts, policy, sampling, tmp_path, lost):
-    scratch = tmp_path / f".part-rollouts-{rollouts.manifest.fingerprint[:8]}"
-    scratch.mkdir()
-    for index, part in enumerate(rollouts.part_paths()):
-        if index != lost:
-            shutil.copy2(part, scratch)
-    kept = {path.name: path.stat().st_ino for path in scratch.iterdir()}
-    resumed = rollout.run(tmp_path / "rollouts", sampling(), prompts=prompts.path, policy=policy.path)
-    assert resumed.manifest.digest == rollouts.manifest.digest
-    assert {name: (resumed.path / name).stat().st_ino for name in kept} == kept
-    assert resumed.stats["tokens"] == rollouts.stats["tokens"]
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The disk is full when so many groups have been kept; `undo` makes room."""
+
+    def after(groups):
+        add, kept = Journal.add, []
+
+        def add_or_fail(journal, entry):
+            if len(kept) == groups:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            kept.append(add(journal, entry))
+
+        monkeypatch.setattr(Journal, "add", add_or_fail)
+        return monkeypatch
+
+    return after
 
 
-def test_a_crash_before_the_commit_samples_nothing_again(rollouts, prompts, policy, sampling, tmp_path, numbers):
-    scratch = tmp_path / f".part-rollouts-{rollouts.manifest.fingerprint[:8]}"
-    scratch.mkdir()
-    for part in rollouts.part_paths():
-        shutil.copy2(part, scratch)
+def scratch_of(place):
+    (scratch,) = place.parent.glob(f".part-{place.name}-*")
+    return scratch
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 7])
+@pytest.mark.parametrize("damage", [None, b'9f2c04d1a7b35e60 ["half a li', b"\xff\x00\n"])
+def test_an_interrupted_sampling_ends_with_the_very_bytes_of_an_uninterrupted_one(
+    rollouts, prompts, policy, sampling, tmp_path, full_disk, kept, damage
+):
+    out, inputs = tmp_path / "rollouts", {"prompts": prompts.path, "policy": policy.path}
+    disk = full_disk(kept)
+    with pytest.raises(StorageError, match="disk is full"):
+        rollout.run(out, sampling(), **inputs)
+    disk.undo()
+    scratch = scratch_of(out)
+    parts = {path.name: path.stat().st_ino for path in scratch.glob("part-*")}
+    (journal,) = (scratch / "working").glob("groups-*")
+    assert (len(parts), len(journal.read_bytes().splitlines())) == divmod(kept, 5)
+    if damage is not None:
+        with journal.open("ab") as lines:
+            lines.write(damage)
+    made = rollout.run(out, sampling(), **inputs)
+    assert made.manifest.digest == rollouts.manifest.digest
+    assert {name: (made.path / name).stat().st_ino for name in parts} == parts
+    quantities = {name: value for name, value in rollouts.stats.items() if name != "seconds"}
+    assert {name: made.stats[name] for name in quantities} == quantities
+    assert sorted(path.name for path in made.path.iterdir()) == sorted(path.name for path in rollouts.path.iterdir())
+
+
+def test_only_what_is_missing_is_sampled_again(prompts, policy, sampling, tmp_path, full_disk, monkeypatch, numbers):
+    settings, inputs = sampling(count=80, shard=80), {"prompts": prompts.path, "policy": policy.path}
+    whole = rollout.run(tmp_path / "whole", settings, **inputs)
+    disk = full_disk(70)
+    with pytest.raises(StorageError):
+        rollout.run(tmp_path / "out", settings, **inputs)
+    disk.undo()
+    generate, asked, told = TransformersEngine.generate, [], []
+
+    def watched(engine, requests, seeds, plan, done=()):
+        asked.append((len(requests), len(done)))
+        for completion in generate(engine, requests, seeds, plan, done):
+            told.append(completion)
+            yield completion
+
+    monkeypatch.setattr(TransformersEngine, "generate", watched)
+    made = rollout.run(tmp_path / "out", settings, **inputs)
+    assert asked == [(80, 70)]
+    assert len(told) == 40
+    assert made.manifest.digest == whole.manifest.digest
+    assert numbers(made)["speed/tokens_per_second", 0] > 0
+
+
+def test_groups_kept_under_another_engine_are_sampled_again(prompts, policy, sampling, tmp_path, full_disk, rollouts):
+    out, inputs = tmp_path / "rollouts", {"prompts": prompts.path, "policy": policy.path}
+    disk = full_disk(3)
+    with pytest.raises(StorageError):
+        rollout.run(out, sampling(), **inputs)
+    disk.undo()
+    journal = scratch_of(out) / "working" / "groups-00000.jsonl"
+    kept = journal.read_bytes()
+    journal.unlink()
+    with Journal(journal, under={"version": "another"}) as other:
+        for line in kept.splitlines():
+            prompt_id, group = json.loads(line.partition(b" ")[2])
+            other.add([prompt_id, [[sample, [5], [-1.0], "length", seed] for sample, *_, seed in group]])
+    assert rollout.run(out, sampling(), **inputs).manifest.digest == rollouts.manifest.digest
+
+
+def test_a_crash_before_the_commit_samples_nothing_again(
+    rollouts, prompts, policy, sampling, tmp_path, numbers, monkeypatch
+):
+    def die(outbox):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed, pytest.raises(KeyboardInterrupt):
+        changed.setattr(Outbox, "commit", die)
+        rollout.run(tmp_path / "rollouts", sampling(), prompts=prompts.path, policy=policy.path)
     resumed = rollout.run(tmp_path / "rollouts", sampling(), prompts=prompts.path, policy=policy.path)
     assert resumed.manifest.digest == rollouts.manifest.digest
     assert ("speed/tokens_per_second", 0) not in numbers(resumed)
@@ -269,12 +372,137 @@ def test_a_crash_before_the_commit_samples_nothing_again(rollouts, prompts, poli
 
 def test_what_was_finished_before_the_engine_failed_is_kept(five, scripted, sampling, tmp_path):
     policy = scripted({text: ["1"] for text in ("1+1=", "1+2=", "2+2=")})
-    settings = sampling(engine="scripted", count=None, shard=1)
     with pytest.raises(EngineError, match="no line for"):
-        rollout.run(tmp_path / "out", settings, prompts=five.path, policy=policy)
-    assert not (tmp_path / "out").exists()
-    (scratch,) = (path for path in tmp_path.iterdir() if path.name.startswith(".part-out"))
-    assert sorted(path.name for path in scratch.glob("*.parquet")) == [f"part-0000{n}.parquet" for n in range(3)]
+        rollout.run(
+            tmp_path / "parts", sampling(engine="scripted", count=None, shard=1), prompts=five.path, policy=policy
+        )
+    assert not (tmp_path / "parts").exists()
+    names = sorted(path.name for path in scratch_of(tmp_path / "parts").glob("*.parquet"))
+    assert names == [f"part-0000{n}.parquet" for n in range(3)]
+    settings = sampling(engine="scripted", count=None, shard=4)
+    for _ in range(2):  # the second time, with an engine of its own
+        with pytest.raises(EngineError, match="no line for"):
+            rollout.run(tmp_path / "groups", settings, prompts=five.path, policy=policy)
+        lines = (scratch_of(tmp_path / "groups") / "working" / "groups-00000.jsonl").read_text().splitlines()
+        ids = five.table()["prompt_id"].to_pylist()
+        assert [json.loads(line.partition(" ")[2])[0] for line in lines] == ids[:3]
+
+
+LONG = {"engine": "vllm", "count": 400, "shard": 160}
+"""Sampling that takes vLLM some seconds: groups arrive over time, in three parts."""
+
+
+@pytest.fixture(scope="module")
+def sampled_by_vllm(prompts, policy, sampling, room):
+    """The digest of an uninterrupted sampling, in a process of its own."""
+    words = rollout.command(room / "vllm-whole", sampling(**LONG), prompts=prompts.path, policy=policy.path)
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    return Artifact.open(room / "vllm-whole").manifest.digest
+
+
+def test_a_vllm_that_was_killed_goes_on_where_it_was(sampled_by_vllm, prompts, policy, sampling, tmp_path):
+    words = rollout.command(tmp_path / "out", sampling(**LONG), prompts=prompts.path, policy=policy.path)
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        lines = 0
+        while lines < 20:
+            assert process.poll() is None
+            time.sleep(0.002)
+            found = list(tmp_path.glob(".part-out-*/working/groups-00001.jsonl"))
+            lines = found[0].read_bytes().count(b"\n") if found else 0
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    scratch = scratch_of(tmp_path / "out")
+    assert [path.name for path in scratch.glob("*.parquet")] == ["part-00000.parquet"]
+    assert 20 <= (scratch / "working" / "groups-00001.jsonl").read_bytes().count(b"\n") < 160
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    assert Artifact.open(tmp_path / "out").manifest.digest == sampled_by_vllm
+
+
+FAILING = """
+    import sys
+    from functools import partial
+    from pathlib import Path
+
+    from pipeline.engines import EngineOptions
+    from pipeline.errors import EngineError
+    from stages.rollout import Settings, rollout
+
+    module, given = sys.modules["stages.rollout"], rollout.parser().parse_args(sys.argv[1:])
+    timeout, errors = 0.4, 0
+    while not given.out.exists():
+        module.EngineOptions = partial(EngineOptions, timeout=timeout)
+        try:
+            rollout.run_arguments(given)
+        except EngineError as error:
+            assert "sampling took longer" in str(error), error
+            (scratch,) = given.out.parent.glob(".part-*")
+            kept = sum(path.read_bytes().count(b"\\n") for path in scratch.glob("working/groups-*"))
+            kept += len(list(scratch.glob("*.parquet")))
+            errors += 1
+            timeout *= 1.6
+            print(errors, kept, flush=True)
+"""
+
+
+def test_a_vllm_that_failed_is_built_anew_and_goes_on(sampled_by_vllm, prompts, policy, sampling, tmp_path):
+    """Its time limit is too short, and longer with each try in the same process."""
+    script = tmp_path / "failing.py"
+    script.write_text(textwrap.dedent(FAILING))
+    words = rollout.command(tmp_path / "out", sampling(**LONG), prompts=prompts.path, policy=policy.path)[3:]
+    done = subprocess.run(
+        [sys.executable, str(script), *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kept = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert kept
+    assert max(kept) > 0
+    assert Artifact.open(tmp_path / "out").manifest.digest == sampled_by_vllm
+
+
+def test_what_gates_look_at(five, scripted, sampling, tmp_path, numbers):
+    """Responses by sample: all the same, two the same, cut at the limit; of greedy ones there is but one."""
+    script = {"1+1=": ["1", "1", "1"], "1+2=": ["1", "2", "1"], "*": ["1" * 16, "3", "4"]}
+    settings = sampling(engine="scripted", count=None, group_size=3, greedy=True)
+    made = rollout.run(tmp_path / "out", settings, prompts=five.path, policy=scripted(script))
+    assert made.stats["duplicates/in_group"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
+    assert made.stats["length/cut"] == pytest.approx(4 / 16)  # sample 0 and the greedy one of two prompts
+    assert made.stats["rows/malformed"] == 0
+    for name in ("duplicates/in_group", "length/cut", "rows/malformed"):
+        assert numbers(made)[name, 0] == made.stats[name]
+    alone = rollout.run(
+        tmp_path / "alone", sampling(engine="scripted", group_size=1), prompts=five.path, policy=scripted(script, "two")
+    )
+    assert "duplicates/in_group" not in alone.stats
+
+
+def test_repetition_by_hand():
+    part = pa.table(
+        {
+            "prompt_id": [*"aaaa", *"bb", "c"], "sample": [-1, 0, 1, 2, 0, 1, 0],
+            "response_tokens": pa.array([[1], [1], [1], [1, 1], [2], [2], [3]], pa.list_(pa.int32())),
+        }
+    )  # fmt: skip
+    assert repeated(part) == [0.5, 1.0]
+    assert repeated(part.slice(6)) == []
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_any_engine_is_built(policy, five, sampling, tmp_path):
+    """Its tokens go beyond what the weights know: in the prompts, or among those that end a response."""
+    characters = ["".join(map(chr, range(ord("!"), ord("A"))))]
+    save(*create(ModelSpec(layers=1, width=32, heads=1, kv_heads=1), characters, seed=0), tmp_path / "other")
+    mixed = shutil.copytree(policy.path, tmp_path / "mixed", ignore=shutil.ignore_patterns("manifest.json"))
+    for path in (tmp_path / "other").iterdir():
+        if "token" in path.name:
+            shutil.copy(path, mixed)
+    with pytest.raises(
+        ArtifactError, match=r"tokenizer is another model's: it uses token id \d+, and the weights know"
+    ) as e:
+        rollout.run(tmp_path / "out", sampling(), prompts=five.path, policy=mixed)
+    assert e.value.where == str(mixed)
+    assert "copy the tokenizer's files" in e.value.do
+    with pytest.raises(ArtifactError, match="token id 17, and the weights know 17 tokens"):
+        refuse_foreign([[1, 16]], [1, 17], 17, mixed)
+    refuse_foreign([[1, 16], []], [1], 17, mixed)
 
 
 def test_an_engine_that_does_not_exist(sampling):

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,9 @@ from pipeline.contracts import LABELS, ROLLOUTS
 from pipeline.errors import ArtifactError, ContractError, ExperimentError, InputError
 from pipeline.experiment import Experiment
 from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, save
-from stages.score import Settings, divergence, length_correlation, mismatch, score, spread
+from pipeline.models.fresh import ModelSpec, create
+from pipeline.text import Chat
+from stages.score import MODEL_OF, Settings, divergence, length_correlation, mismatch, score, spread
 
 
 def settings(*needs, **changes):
@@ -50,6 +53,7 @@ def test_the_reference_engine_agrees_with_the_training_stack(scores, numbers):
     measured = numbers(scores)
     assert abs(measured["kl/sampler", 0]) < 1e-6
     assert measured["kl/sampler_max", 0] < 1e-4
+    assert 0 < scores.stats["kl/sampler_abs"] == measured["kl/sampler_abs", 0] < 1e-5
     assert measured["kl/sampler_outside", 0] == 0.0
     assert scores.stats["kl/sampler"] == measured["kl/sampler", 0]
 
@@ -143,6 +147,7 @@ def test_mismatch_by_hand():
     trainer = pa.array([[-1.5, -2.0], [-9.0], [-2.0]], pa.list_(pa.float32()))
     found = mismatch(sampler, trainer)
     assert found["kl/sampler"] == (pytest.approx((0.5 + 0 - 1) / 3), "nat")
+    assert found["kl/sampler_abs"] == (pytest.approx((0.5 + 0 + 1) / 3), "nat")
     assert found["kl/sampler_max"] == (1.0, "nat")
     assert found["kl/sampler_outside"] == (pytest.approx(1 / 3), "fraction")
     assert math.log(2) < 1.0
@@ -260,6 +265,48 @@ def test_a_model_in_the_place_of_another_is_refused(rollouts, other_policy, judg
             tmp_path / "out", settings(need), rollouts=[rollouts.path],
             **{place: {"policy": other_policy, **judges}[model]},
         )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def foreign(room):
+    """A policy with other characters, more of them."""
+    spec = ModelSpec(layers=1, width=32, heads=1, kv_heads=1, max_position=64)
+    save(*create(spec, ["".join(map(chr, range(ord("!"), ord("A"))))], seed=0), room / "foreign")
+    return room / "foreign"
+
+
+@pytest.mark.parametrize("need", ["old_logprobs", "ref_logprobs", "values", "reward_scores"])
+def test_a_model_with_another_tokenizer_than_the_rollouts_is_refused(rollouts, policy, judges, foreign, need, tmp_path):
+    """The weights are right, the tokenizer beside them is not."""
+    name = MODEL_OF[need]
+    mixed = shutil.copytree({**judges}.get(name, policy.path), tmp_path / "mixed")
+    (mixed / "manifest.json").unlink(missing_ok=True)
+    for path in foreign.iterdir():
+        if "token" in path.name:
+            shutil.copy(path, mixed)
+    digests = [Chat(path).metadata()["tokenizer_digest"] for path in (mixed, policy.path)]
+    with pytest.raises(ContractError) as error:
+        score.run(tmp_path / "out", settings(need), rollouts=[rollouts.path], **{name: mixed})
+    shown = name.replace("_", " ")
+    assert f"the {shown} has another tokenizer ({digests[0]}) than the rollouts ({digests[1]})" in error.value.what
+    assert error.value.where == f"{mixed} and {rollouts.part_paths()[0]}"
+    assert "copy those of that policy" in error.value.do
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+
+
+def test_rollouts_that_name_no_tokenizer_are_read_with_any_model_that_knows_their_tokens(
+    by_hand, rollouts, policy, foreign, tmp_path
+):
+    rows = rollouts.table().to_pylist()[:4]
+    adopted = by_hand(ROLLOUTS, rows)
+    made = score.run(tmp_path / "out", settings("old_logprobs"), rollouts=[adopted.path], policy=foreign)
+    assert made.stats["rows"] == 4
+    size = len(Chat(policy.path).tokenizer)
+    for column in ("prompt_tokens", "response_tokens"):
+        beyond = by_hand(ROLLOUTS, [{**rows[0], column: [3, size], "sampler_logprobs": None}])
+        with pytest.raises(ArtifactError, match=f"hold token id {size}, and the model knows {size} tokens") as error:
+            score.run(tmp_path / "other", settings("old_logprobs"), rollouts=[beyond.path], policy=policy.path)
+        assert error.value.where == str(policy.path)
 
 
 def test_divergence_by_hand():

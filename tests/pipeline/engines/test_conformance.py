@@ -74,6 +74,20 @@ def test_the_same_seed_gives_the_same_tokens_in_any_order_and_company(engine):
         assert c.tokens == together[0, number].tokens
 
 
+@pytest.mark.parametrize("done", [{0}, {1, 2}, {0, 1, 2, 3}])
+def test_what_is_done_is_not_sampled_again_and_the_rest_is_what_it_would_have_been(engine, done):
+    """Bit for bit: a sampling that was cut off goes on to the same end."""
+    whole = sample(engine)
+    rest = {(c.prompt, c.sample): c for c in engine.generate(PROMPTS, SEEDS, PLAN, done)}
+    assert rest == {key: c for key, c in whole.items() if key[0] not in done}
+
+
+def test_what_is_done_is_not_searched_again(model_engine):
+    whole = sample(model_engine, plan=SEARCH)
+    rest = {(c.prompt, c.sample): c for c in model_engine.generate(PROMPTS, SEEDS, SEARCH, {0, 2})}
+    assert rest == {key: c for key, c in whole.items() if key[0] not in (0, 2)}
+
+
 def test_other_seeds_and_siblings_give_other_tokens(engine):
     one, other = sample(engine), sample(engine, seeds=[seed + 1000 for seed in SEEDS])
     assert any(one[key].tokens != other[key].tokens for key in one if key[1] != GREEDY)

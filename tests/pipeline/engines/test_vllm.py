@@ -49,6 +49,21 @@ def test_more_prompt_tokens_than_one_step_takes_are_sampled_as_if_alone(loaded):
     assert {key: together[key] for key in alone} == alone
 
 
+def test_responses_do_not_depend_on_their_batch_with_several_threads_either(build, checkpoints):
+    """Attention that vLLM splits among threads by how much there is to do adds up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    engine = build("vllm")
+    engine.load(checkpoints["untied_a"])
+    prompts = [[5 + (row + place) % 30 for place in range(10 + 3 * row)] for row in range(24)]
+    plan = Sampling(group_size=1, max_tokens=60, stop_ids=(1,))
+    whole = {c.prompt: c for c in engine.generate(prompts, range(24), plan)}
+    rest = {c.prompt: c for c in engine.generate(prompts, range(24), plan, set(range(0, 24, 2)))}
+    engine.close()
+    torch.set_num_threads(threads)
+    assert rest == {row: whole[row] for row in range(1, 24, 2)}
+
+
 def test_a_plain_reload_keeps_a_tied_head_and_the_probe_sees_it(loaded, checkpoints):
     engine = loaded("vllm", "tied_a")
     assert engine._stale(checkpoints["tied_a"]) == ""

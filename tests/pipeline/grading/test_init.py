@@ -6,7 +6,9 @@ import types
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.grading import GRADERS, Judgement, Vote, classes, compare, judge, judge_row, open_grader
+from pipeline.grading import GRADERS, Judgement, Memory, Vote, classes, compare, judge, judge_row, open_grader
+from pipeline.grading.pool import Pool, shared_pool
+from pipeline.journal import Journal
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -148,3 +150,57 @@ def test_grading_imports_neither_torch_nor_the_maths_library_before_it_is_asked(
         "assert 'math_verify' in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The rows of each call that were handed to processes."""
+    calls, judge_rows = [], Pool.judge
+
+    def watched(pool, rows, **how):
+        calls.append((list(rows), how["workers"]))
+        return judge_rows(pool, rows, **how)
+
+    monkeypatch.setattr(Pool, "judge", watched)
+    return calls
+
+
+def test_what_was_judged_is_not_judged_again_and_what_was_lost_is(tmp_path, sent):
+    responses, references = ["A: 1", HANGS, "A: 3", "", "A: 5"], ["1", "1", "4", "4", None]
+    with Journal(tmp_path / "a") as journal:
+        memory = Memory(journal)
+        first = judge("math", responses[:4], references[:4], timeout=0.5, workers=2, memory=memory)
+    assert [one.status for one in first] == ["correct", "timeout", "wrong", "no answer"]
+    assert (memory.retried, memory.recovered) == (1, 0)
+    lost = (HANGS, "1")
+    assert sent == [(list(zip(responses[:4], references, strict=False)), 2), ([lost], 1)]
+    assert len((tmp_path / "a").read_bytes().splitlines()) == 3
+    sent.clear()
+    with Journal(tmp_path / "a") as journal:
+        again = judge("math", responses, references, timeout=0.5, workers=2, memory=Memory(journal))
+    assert again == [*first, Judgement(None, "5", "bad reference")]
+    assert sent == [([lost, ("A: 5", None)], 2), ([lost], 1)]
+
+
+def test_the_same_texts_are_another_row_to_another_question(tmp_path, sent):
+    with Journal(tmp_path / "a") as journal:
+        judge("math", ["A: 5"], ["5"], workers=1, memory=Memory(journal))
+        memory = Memory(journal)
+        sent.clear()
+        assert judge("math", ["A: 5"], ["6"], workers=1, memory=memory)[0].correct is False
+        assert compare("math", ["A: 5"], ["5"], workers=1, memory=memory)[0].extracted == "A: 5"
+        assert judge("exact", ["A: 5"], ["5"], workers=1, memory=memory)[0].correct is True
+        assert judge("math", ["A: 5"], ["5"], workers=1, memory=memory)[0].correct is True
+    assert [rows for rows, _ in sent if rows] == [[("A: 5", "6")], [("A: 5", "5")]]
+
+
+def test_a_process_that_stood_still_for_a_moment_costs_no_row(tmp_path, grading_processes):
+    shared_pool("math").close()
+    judge("math", ["A: 1"], ["1"], workers=1)
+    (worker,) = grading_processes()
+    worker.suspend()
+    with Journal(tmp_path / "a") as journal:
+        memory = Memory(journal)
+        found = judge("math", ["A: 3", "A: 4", "A: 5"], ["3", "4", "5"], timeout=0.5, workers=1, memory=memory)
+    assert [one.status for one in found] == ["correct"] * 3
+    assert (memory.retried, memory.recovered) == (1, 1)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from pipeline.grading import Judgement
-from pipeline.grading.mixed import classes, compare, judge, read
+from pipeline.grading import Judgement, Memory
+from pipeline.grading.mixed import Means, classes, compare, judge, read
+from pipeline.grading.pool import Worker, shared_pool
+from pipeline.journal import Journal
 
 LIMITS = {"timeout": 5.0, "workers": 1}
 NAMES = ["math", "exact", "math", "none"]
@@ -22,8 +24,8 @@ def test_groups_of_different_graders_vote_at_once():
 
 
 def looked_at(needs, references, last=(False,) * 4, names=("exact",) * 4, responses=("1", "2", "2", " "), **limits):
-    limits = {**LIMITS, **limits}
-    return read(names, responses, references, "aaaa", needs=needs, last=np.array(last), **limits)
+    means = Means(**{**LIMITS, **limits})
+    return read(names, responses, references, "aaaa", needs=needs, last=np.array(last), means=means)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,20 @@ def test_an_answer_that_hangs_is_not_a_wrong_one(needs):
     assert [j.correct for j in made.gold] == [True, None]
     assert made.gold[1].status == "timeout"
     assert made.statuses[1] == ("timeout" if needs else None)
+
+
+@pytest.mark.parametrize("needs", [(), ("answers",), ("verdicts",), ("answers", "verdicts")])
+def test_what_is_remembered_is_read_again_without_a_process(needs, tmp_path, monkeypatch):
+    """Extractions, probes, comparisons with each other and with the reference."""
+    rows = {"references": ["2", "0.5", None, "1"], "names": ["math"] * 4, "responses": ("1/2", "A: 0.5", "A: 7", "x!")}
+    with Journal(tmp_path / "a") as journal:
+        learned = looked_at(needs, memory=Memory(journal), **rows)
+    monkeypatch.setattr(Worker, "__init__", None)
+    shared_pool("math").close()
+    with Journal(tmp_path / "a") as journal:
+        recalled = looked_at(needs, memory=Memory(journal), **rows)
+    assert (recalled.extracted, recalled.gold, recalled.statuses) == (learned.extracted, learned.gold, learned.statuses)
+    np.testing.assert_array_equal(recalled.classes, learned.classes)
 
 
 def test_an_extraction_that_is_lost_has_no_gold(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import PipelineError
+from pipeline.errors import GraderError
 from pipeline.grading import Judgement, judge
 from pipeline.grading.pool import BATCH, MEMORY, Pool
 
@@ -98,9 +98,36 @@ def test_many_threads_may_judge_at_once():
 
 def test_a_process_that_cannot_start_says_why():
     pool = Pool("no such grader")
-    with pytest.raises(PipelineError, match="does not start") as caught:
+    with pytest.raises(GraderError, match="does not start") as caught:
         pool.judge([("A: 1", "1")], timeout=5.0, workers=1)
     assert "no grader is called 'no such grader'" in str(caught.value)
+
+
+def test_a_process_that_the_system_does_not_start_is_an_error_of_the_graders_as_a_whole(monkeypatch):
+    pool = Pool("math")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(GraderError, match=r"no grading process can be started: .*No such file"):
+        pool.judge([("A: 1", "1")], timeout=5.0, workers=1)
+    monkeypatch.undo()
+    assert pool.judge([("A: 1", "1")], timeout=5.0, workers=1) == [right(1)]
+    pool.close()
+
+
+def test_each_judgement_is_told_as_soon_as_it_is_there():
+    pool, told, rows = Pool("math"), {}, [("A: 1", "1"), (HANGS, "1"), ("A: 3", "3")]
+
+    def stop(row, judgement):
+        told[row] = judgement
+        if row == rows[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.judge(rows, timeout=0.5, workers=1, learn=stop)
+    assert told == {rows[0]: right(1), rows[1]: LOST}
+    told.clear()
+    judged = pool.judge(rows, timeout=0.5, workers=2, learn=told.__setitem__)
+    assert judged == [told[row] for row in rows] == [right(1), LOST, right(3)]
+    pool.close()
 
 
 SCRIPT = r"""
