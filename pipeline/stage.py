@@ -11,6 +11,7 @@ from outside. Everything else follows: what is read and written, the command lin
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import signal
 import sys
@@ -48,6 +49,9 @@ FILES: Final = "files"
 
 LIFELINE: Final = "RLHF_LIFELINE"
 """Environment variable with the number of a pipe that closes when the process that launched this one ends."""
+
+ERROR_FILE: Final = "RLHF_ERROR_FILE"
+"""Environment variable with the number of an open file: the launcher reads there what went wrong, and raises it."""
 
 Paths = Mapping[str, Path | Sequence[Path] | None]
 
@@ -221,10 +225,16 @@ class Stage:
         """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
         if (pipe := os.environ.pop(LIFELINE, None)) is not None:
             threading.Thread(target=_end_with_launcher, args=(int(pipe),), daemon=True).start()
+        report = os.environ.pop(ERROR_FILE, None)
         try:
             self.run_arguments(self.parser().parse_args(arguments))
         except PipelineError as error:
-            sys.stderr.write(f"error: {error}\n")
+            if report is None:
+                sys.stderr.write(f"error: {error}\n")
+            else:
+                told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "do": error.do}
+                with os.fdopen(int(report), "w", encoding="utf-8") as file:
+                    json.dump(told, file)
             sys.exit(error.exit_code)
 
     def run_arguments(self, given: argparse.Namespace) -> Artifact:
@@ -366,9 +376,14 @@ def _open(stage_name: str, spec: InputSpec, given: Path | Sequence[Path] | None)
 def _open_file(path: Path) -> ForeignFile:
     if not path.exists():
         raise InputError("no such file", str(path), "check the path; in an experiment it starts at data.folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = digest_of({p.name if p == path else p.relative_to(path).as_posix(): file_record(p) for p in files})
+    digest = digest_of_file(path)
     return ForeignFile(path, InputRecord(path=str(path), fingerprint=digest, digest=digest))
+
+
+def digest_of_file(path: Path) -> str:
+    """Name the bytes of a file or folder from outside."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return digest_of({p.name if p == path else p.relative_to(path).as_posix(): file_record(p) for p in files})
 
 
 def _ensure_sound(opened: Opened) -> None:
