@@ -35,9 +35,6 @@ SMALL = (
 )  # fmt: skip
 
 
-PROCESS = "resources.launcher=process"
-
-
 @dataclass
 class Bench:
     """A folder in which one run is made undisturbed, and others are killed."""
@@ -46,6 +43,8 @@ class Bench:
     server: str
     words: tuple[str, ...]
     killed: int = 0
+    seconds: float = 0.0
+    """That the undisturbed run took."""
     dice: random.Random = field(default_factory=random.Random)
 
     def start(self, root: str, *options: str) -> subprocess.Popen[bytes]:
@@ -118,15 +117,57 @@ class Bench:
         assert link[1].resolve().is_dir(), link
 
 
-@pytest.mark.parametrize(("launcher", "kills"), [("inline", 3), ("process", 2)])
-def test_a_run_killed_at_random_moments_comes_to_the_same_bytes(tmp_path, server, launcher, kills):
-    words = ("dapo", "resources.engine=transformers", f"resources.launcher={launcher}")
-    bench = Bench(tmp_path, server, words)
+def test_a_run_killed_at_random_moments_comes_to_the_same_bytes(tmp_path, server):
+    bench = Bench(tmp_path, server, ("dapo", "resources.engine=transformers"))
     longest = bench.undisturbed()
-    while bench.killed < kills:
+    while bench.killed < 3:
         root = f"killed-{bench.killed}"
-        bench.disturbed(root, longest, kills - bench.killed)
+        bench.disturbed(root, longest, 3 - bench.killed)
         bench.assert_same(root)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, server):
+    """A bench whose stages run in processes of their own, one iteration of them, and its undisturbed run."""
+    short = ("scale.iterations=1", "recipe_changes.dapo.rollout.rounds=1", "evaluation.every=0")
+    words = ("dapo", "resources.engine=transformers", "resources.launcher=process", *short)
+    bench = Bench(tmp_path_factory.mktemp("processes"), server, words)
+    bench.seconds = bench.undisturbed()
+    return bench
+
+
+def test_stages_in_processes_killed_with_their_run_come_to_the_same_bytes(processes):
+    processes.disturbed("killed", processes.seconds, 2)
+    processes.assert_same("killed")
+
+
+def test_one_works_another_waits_and_a_stage_killed_alone_is_told_by_its_signal(processes):
+    """SIGKILL to a stage's process is what the kernel does when memory runs out."""
+    first = processes.start("shared")
+    note_of(processes, "shared", "rollouts-0")
+    second, third = processes.start("shared"), processes.start("shared", "--wait")
+    assert second.wait(timeout=120) == 1
+    said = (processes.folder / "shared.log").read_text()
+    assert f"process {first.pid} on" in said and "is at the run small" in said
+    stage = note_of(processes, "shared", "policy")
+    os.kill(int(str(stage["pid"])), signal.SIGKILL)
+    assert first.wait(timeout=120) == 1
+    said = (processes.folder / "shared.log").read_text()
+    assert "was killed by SIGKILL" in said and "out of memory?" in said and "micro_batch_tokens" in said
+    processes.assert_whole("shared")
+    assert third.wait(timeout=600) == 0
+    processes.assert_same("shared")
+
+
+def note_of(bench: Bench, root: str, stage: str) -> dict[str, object]:
+    """Who makes a stage's artifact, as soon as somebody does."""
+    for _ in range(6000):
+        for note in (bench.folder / root / "small").rglob(f".part-{stage}-*/working/holder.json"):
+            with suppress(OSError, ValueError):  # it comes and goes
+                told: dict[str, object] = json.loads(note.read_text())
+                return told
+        time.sleep(0.01)
+    raise TimeoutError(stage)
 
 
 SOAK = [
@@ -148,49 +189,3 @@ def test_a_hundred_kills_lose_nothing_and_change_nothing(tmp_path, server, recip
     sys.stderr.write(
         f"{recipe}, {engine}, {launcher}: {bench.killed} kills in {stories} runs, none lost or different\n"
     )
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory, server):
-    """A bench whose stages run in processes of their own, and its undisturbed run."""
-    bench = Bench(
-        tmp_path_factory.mktemp("processes"), server, ("dapo", "resources.engine=transformers", PROCESS)
-    )  # fmt: skip
-    bench.undisturbed()
-    return bench
-
-
-def note_of(bench: Bench, root: str, stage: str) -> dict[str, object]:
-    """Who makes a stage's artifact, as soon as somebody does."""
-    for _ in range(1200):
-        for note in (bench.folder / root).rglob(f".part-{stage}-*/working/holder.json"):
-            with suppress(OSError, ValueError):  # it comes and goes
-                told: dict[str, object] = json.loads(note.read_text())
-                return told
-        time.sleep(0.05)
-    raise TimeoutError(stage)
-
-
-@pytest.mark.parametrize("stage", ["sft", "rollouts-0"])
-def test_a_stage_that_is_killed_alone_is_told_by_its_signal_and_the_next_run_goes_on(processes, stage):
-    """What the kernel does to a process when memory runs out."""
-    root = f"starved-{stage}"
-    process = processes.start(root)
-    os.kill(int(str(note_of(processes, root, stage)["pid"])), signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
-    said = (processes.folder / f"{root}.log").read_text()
-    assert "was killed by SIGKILL" in said and "out of memory?" in said and "micro_batch_tokens" in said
-    assert "Traceback" not in said.partition("error:")[2]
-    processes.assert_whole(root)
-    assert processes.start(root).wait(timeout=600) == 0
-    processes.assert_same(root)
-
-
-def test_of_two_on_one_run_the_second_says_who_the_first_is_or_waits_for_it(processes):
-    first = processes.start("shared")
-    note_of(processes, "shared", "sft")
-    second, third = processes.start("shared"), processes.start("shared", "--wait")
-    assert second.wait(timeout=60) == 1
-    assert f"process {first.pid} on" in (processes.folder / "shared.log").read_text()
-    assert (first.wait(timeout=600), third.wait(timeout=600)) == (0, 0)
-    processes.assert_same("shared")
