@@ -98,6 +98,33 @@ def status(
 
 
 @app.command()
+def redo(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    stage: Annotated[str, typer.Argument(help="A stage, or an artifact's own name: labels-0, sft, 0003/policy.")] = "",
+    iteration: Annotated[int | None, typer.Option(help="Of the loop; none: the foundations.", min=0)] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting.")] = None,
+    name: Annotated[str | None, typer.Option("--as", help="Beside the old one, under this name.")] = None,
+    stale: Annotated[bool, typer.Option("--stale", help="Everything that was made of other bytes.")] = False,
+) -> None:
+    """Do one stage of a run again: with changes beside the old artifact, without in its place."""
+    from flows import reports
+
+    reports.redo(folder, stage, iteration, changes or [], name, stale=stale)
+
+
+@app.command()
+def prune(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    keep: Annotated[int, typer.Option(help="Last checkpoints of each kind whose weights stay.")] = 2,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
+) -> None:
+    """Delete old weights; manifests stay, and so do the promoted, the best, and what others started from."""
+    from flows import reports
+
+    reports.prune(folder, keep, dry_run=dry_run)
+
+
+@app.command()
 def lineage(
     path: Annotated[Path, typer.Argument(help="An artifact.")],
     depth: Annotated[int | None, typer.Option(help="How many steps back.", min=0)] = None,

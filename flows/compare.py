@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from flows.run import EXPERIMENT_FILE, refuse_no_run
+from flows.run import EXPERIMENT_FILE, is_redone, refuse_no_run
 from flows.tables import Sheet
 from pipeline.algorithms.bind import Bound, bind
 from pipeline.algorithms.recipe import Recipe
@@ -117,7 +117,8 @@ def stored(folder: Path, iteration: int) -> Stored:
 
 
 def _opened(here: Path, pattern: str) -> tuple[Artifact, ...]:
-    return tuple(Artifact.open(path) for path in sorted(here.glob(pattern), key=lambda p: int(p.name.split("-")[1])))
+    found = [path for path in here.glob(pattern) if not is_redone(path)]
+    return tuple(Artifact.open(path) for path in sorted(found, key=lambda path: int(path.name.split("-")[1])))
 
 
 def compare(source: Stored, recipes: Sequence[str], rewards: Rewards = "recipe") -> Comparison:

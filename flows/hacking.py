@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flows.gates import WORST, responses, shown
-from flows.run import refuse_no_run
+from flows.run import is_redone, refuse_no_run
 from pipeline.artifacts import Artifact
 from pipeline.contracts import LABELS, SCORES
 from pipeline.errors import GateError
@@ -133,7 +133,8 @@ def draw(folders: Sequence[Path]) -> Path | None:
 
 
 def _labels_in(here: Path) -> tuple[Artifact, ...]:
-    paths = sorted(here.glob("labels-*"), key=lambda path: int(path.name.removeprefix("labels-")))
+    found = [path for path in here.glob("labels-*") if not is_redone(path)]
+    paths = sorted(found, key=lambda path: int(path.name.removeprefix("labels-")))
     return tuple(Artifact.open(path, LABELS) for path in paths)
 
 

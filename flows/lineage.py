@@ -4,7 +4,6 @@ An artifact is stale when one of its inputs lies at its place with other bytes, 
 name (`labels-0.lenient`), or is stale itself. An input that is gone or pruned makes nothing stale.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -12,12 +11,10 @@ from typing import Literal, Self
 from rich.markup import escape
 from rich.tree import Tree
 
-from pipeline.artifacts import MANIFEST, PRUNED, SCRATCH, InputRecord, Manifest
+from flows.run import EXPERIMENT_FILE, is_redone, manifests
+from pipeline.artifacts import MANIFEST, PRUNED, InputRecord, Manifest
 from pipeline.errors import ArtifactError
 from pipeline.stage import digest_of_file
-
-REPLACED = ".replaced"
-"""Directory of a run in which artifacts lie that were made again in their place."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,14 @@ class Ledger:
         """Read everything committed below `root`. Raises `ArtifactError` for a directory that is not there."""
         if not root.is_dir():
             raise ArtifactError("no such directory", str(root), "check the path")
-        found = sorted(_manifests(root), key=lambda path: path.stat().st_mtime_ns)
+        found = sorted(manifests(root), key=lambda path: path.stat().st_mtime_ns)
         return cls(root.resolve(), {path.parent.resolve(): Manifest.read(path.parent) for path in found})
 
     @classmethod
     def around(cls, path: Path) -> Self:
         """Of the root that an artifact or a run belongs to: the directory above the run that holds it."""
         here = path.resolve()
-        runs = [place for place in (here, *here.parents) if (place / "experiment.toml").is_file()]
+        runs = [place for place in (here, *here.parents) if (place / EXPERIMENT_FILE).is_file()]
         return cls.of(runs[0].parent if runs else _outermost(here))
 
     def place(self, record: InputRecord) -> Path | None:
@@ -107,19 +104,6 @@ class Ledger:
             if any(self.place(record) in reached for record in self.inputs(other)):
                 reached.add(other)
         return [other for other in self.manifests if other in reached and other != path.resolve()]
-
-
-def is_redone(path: Path, of: str | None = None) -> bool:
-    """Whether the name is that of an artifact made again beside another: `labels-0.lenient`."""
-    name, dot, _ = path.name.partition(".")
-    return bool(dot) and (of is None or name == of)
-
-
-def _manifests(root: Path) -> Iterator[Path]:
-    """Of everything that is committed and in its place."""
-    for path in root.rglob(MANIFEST):
-        if not any(part.startswith(SCRATCH) or part == REPLACED for part in path.relative_to(root).parts):
-            yield path
 
 
 def _outermost(path: Path) -> Path:

@@ -136,7 +136,8 @@ def policy_of(one: Evaluated) -> Path:
     """Where the policy lies that was evaluated, as it was. Raises `ArtifactError` where it is not there any more."""
     recorded = _policy(one)
     path = Path(recorded.path)
-    if not path.is_dir() or Artifact.open(path, POLICY).manifest.digest != recorded.digest:
+    there = Artifact.open(path, POLICY) if path.is_dir() else None
+    if there is None or there.pruned or there.manifest.digest != recorded.digest:
         raise ArtifactError(
             f"the policy evaluated in {one.run / 'eval'}/{one.iteration:04d} is not there as it was", str(path),
             "run the command from the directory that the run was made from, or `rlhf verify` the run",

@@ -19,6 +19,7 @@ from pipeline.artifacts import Artifact
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
+from pipeline.metrics import console
 from pipeline.settings import without_none
 
 out = Console(soft_wrap=False)
@@ -131,6 +132,33 @@ def status(folder: Path, *, every: bool) -> None:
     for line in about:
         out.print(line, markup=False)
     _print(sheet)
+
+
+def redo(folder: Path, stage: str, iteration: int | None, changes: list[str], name: str | None, *, stale: bool) -> None:
+    """`rlhf redo RUN STAGE`, or `rlhf redo RUN --stale`."""
+    from flows import redo as again
+
+    if stale == bool(stage):
+        raise ExperimentError(
+            "name a stage, or say --stale" if not stale else f"--stale takes everything: leave out {stage!r}",
+            do="rlhf redo RUN label --iteration 3, or rlhf redo RUN --stale",
+        )
+    if not stale:
+        again.redo(folder, stage, iteration, changes, name, console.line)
+    elif not again.refresh(folder, console.line):
+        console.line("nothing is stale")
+
+
+def prune(folder: Path, keep: int, *, dry_run: bool) -> None:
+    """`rlhf prune RUN`: a line for each checkpoint whose weights go."""
+    from flows.prune import prune as pruned
+
+    freed = pruned(folder, keep, dry_run=dry_run)
+    for one in freed:
+        name = str(one.artifact.path) if one.artifact is not None else "artifacts that `rlhf redo` replaced"
+        out.print(f"{name}: {one.bytes / 1e6:,.1f} MB", markup=False)
+    would = "would be freed" if dry_run else "freed"
+    out.print(f"{sum(one.bytes for one in freed) / 1e6:,.1f} MB {would}")
 
 
 def lineage(path: Path, depth: int | None) -> None:

@@ -1,6 +1,6 @@
 """A run: where its artifacts lie, and how a stage is performed. All state is read back from manifests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import MANIFEST, METRICS_FILE, Artifact
+from pipeline.artifacts import MANIFEST, METRICS_FILE, SCRATCH, Artifact
 from pipeline.contracts import METRICS
 from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment
@@ -17,6 +17,8 @@ from pipeline.locks import held
 from pipeline.stage import Stage, StageSettings
 
 EXPERIMENT_FILE, LOCK_FILE = "experiment.toml", ".lock"
+REPLACED = ".replaced"
+"""Directory of a run in which artifacts lie that were made again in their place."""
 
 
 class Perform(Protocol):
@@ -128,10 +130,24 @@ def name_of(path: Path, root: Path) -> str:
     return "/".join(path.relative_to(root).parts[1:])
 
 
+def is_redone(path: Path, of: str | None = None) -> bool:
+    """Whether the name is that of an artifact made again beside another: `labels-0.lenient`."""
+    name, dot, _ = path.name.partition(".")
+    return bool(dot) and (of is None or name == of)
+
+
+def manifests(root: Path) -> Iterator[Path]:
+    """Of everything below `root` that is committed and in its place."""
+    for path in root.rglob(MANIFEST):
+        if not any(part.startswith(SCRATCH) or part == REPLACED for part in path.relative_to(root).parts):
+            yield path
+
+
 def artifacts_of(folder: Path) -> list[Artifact]:
-    """Every committed artifact of a run, in the order of its making."""
-    found = [Artifact.open(path.parent) for path in sorted(folder.rglob(MANIFEST)) if ".part-" not in str(path)]
-    return sorted(found, key=lambda artifact: (artifact.path / MANIFEST).stat().st_mtime_ns)
+    """Every artifact that a run goes by, in the order of its making; those redone beside them are left out."""
+    found = [path.parent for path in manifests(folder) if not is_redone(path.parent)]
+    opened = [Artifact.open(path) for path in sorted(found)]
+    return sorted(opened, key=lambda artifact: (artifact.path / MANIFEST).stat().st_mtime_ns)
 
 
 def gather_metrics(folder: Path) -> pa.Table:

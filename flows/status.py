@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.lineage import Ledger, is_redone
+from flows.lineage import Ledger
 from flows.promotion import PROMOTED
-from flows.run import EXPERIMENT_FILE, LOCK_FILE, name_of, refuse_no_run
+from flows.run import EXPERIMENT_FILE, LOCK_FILE, is_redone, name_of, refuse_no_run
 from flows.tables import Sheet
 from pipeline.artifacts import SCRATCH, Manifest
 from pipeline.experiment import Experiment

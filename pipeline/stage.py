@@ -53,6 +53,9 @@ LIFELINE: Final = "RLHF_LIFELINE"
 ERROR_FILE: Final = "RLHF_ERROR_FILE"
 """Environment variable with the number of an open file: the launcher reads there what went wrong, and raises it."""
 
+OTHER_BYTES: Final = "has other bytes"
+"""What is said of an input that is not what it was."""
+
 Paths = Mapping[str, Path | Sequence[Path] | None]
 
 
@@ -286,11 +289,11 @@ class Stage:
         there = Artifact.open(out)
         if there.manifest.fingerprint == fingerprint:
             return there
-        raise ArtifactError(
-            f"made by a different computation ({self._difference(there.manifest, settings, opened)})",
-            str(out),
-            "choose another --out (or --name), or delete it to make it again",
-        )
+        difference = self._difference(there.manifest, settings, opened)
+        do = "choose another --out (or --name), or delete it to make it again"
+        if OTHER_BYTES in difference:
+            do = f"`rlhf redo RUN --stale` makes again what was made of other bytes; or {do}"
+        raise ArtifactError(f"made by a different computation ({difference})", str(out), do)
 
     def _difference(self, there: Manifest, settings: StageSettings, opened: "Opened") -> str:
         if (there.stage, there.version) != (self.name, self.version):
@@ -304,7 +307,7 @@ class Stage:
         records = _records(opened)
         for name in sorted({*there.inputs, *records}):
             if [r.digest for r in there.inputs.get(name, [])] != [r.digest for r in records.get(name, [])]:
-                changed.append(f"input {name} has other bytes")
+                changed.append(f"input {name} {OTHER_BYTES}")
         return "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
     def _inputs(self, opened: "Opened") -> Any:

@@ -1,6 +1,7 @@
 """A small run, made once by the command line, with Prefect's own server and a model that learns in seconds."""
 
 import io
+import json
 import os
 import signal
 import socket
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -199,9 +202,7 @@ def no_engine_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server(prefect_home) -> Iterator[str]:
     """The URL of a Prefect server of our own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (prefect_home / "server.log").open("w") as log:
         # A home of its own: the temporary servers of other runs would write into the same database.
@@ -214,6 +215,119 @@ def server(prefect_home) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A folder with an experiment file, and `rlhf serve` in it: a server, the deployments and a worker of our own."""
+
+    folder: Path
+    url: str
+    environment: dict[str, str]
+    serve: psutil.Process
+
+    @property
+    def experiment(self) -> Path:
+        return self.folder / "small.toml"
+
+    def ask(self, place: str, body: object = None, method: str = "POST") -> Any:
+        """What the server answers."""
+        data = None if method == "GET" else json.dumps(body or {}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/{place}", data, {"Content-Type": "application/json"}, method=method
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return self.ask(f"deployments/name/{name}/{name}", method="GET")
+
+    def start(self, name: str, /, **parameters: Any) -> str:
+        """Start a deployment now; the id of its flow run."""
+        made = self.ask(f"deployments/{self.deployment(name)['id']}/create_flow_run", {"parameters": parameters})
+        return made["id"]
+
+    def state(self, flow_run: str) -> str:
+        return self.ask(f"flow_runs/{flow_run}", method="GET")["state_type"]
+
+    def runs(self, schedule: str) -> list[dict[str, Any]]:
+        """The flow runs that a schedule has made."""
+        all_runs = self.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+        return [run for run in all_runs if (run["created_by"] or {}).get("id") == schedule]
+
+    @contextmanager
+    def every(self, seconds: int, name: str, /, **parameters: Any) -> Iterator[str]:
+        """Start a deployment by a schedule, and in the end wait until nothing of it runs any more."""
+        schedules = f"deployments/{self.deployment(name)['id']}/schedules"
+        plan = {"schedule": {"interval": seconds}, "active": True, "parameters": parameters}
+        schedule = self.ask(schedules, [plan])[0]["id"]
+        try:
+            yield schedule
+        finally:
+            self.ask(f"{schedules}/{schedule}", {"active": False}, "PATCH")
+            assert wait_until(lambda: not [run for run in self.runs(schedule) if run["state_type"] not in ENDED])
+
+    def worker(self) -> psutil.Process:
+        """The process worker."""
+        return next(child for child in self.serve.children() if "worker" in child.cmdline())
+
+
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `true` says once it is, or at the end of the time."""
+    end = time.monotonic() + seconds
+    while not (said := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return said
+
+
+def living(environment: dict[str, str]) -> list[str]:
+    """Command lines of the processes that belong to a server's home."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            home = process.environ().get("PREFECT_HOME")
+            if home == environment["PREFECT_HOME"] and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory) -> Iterator[Served]:
+    """`rlhf serve`, impatient; when it has been ended, no process of it is left."""
+    folder, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
+    (folder / "small.toml").write_text(EXPERIMENT)
+    (home / "temporary").mkdir()
+    url = f"http://127.0.0.1:{_free_port()}/api"
+    environment = os.environ | {
+        "PREFECT_HOME": str(home), "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
+        "PREFECT_MEMO_STORE_PATH": str(home / "memo.toml"), "TMPDIR": str(home / "temporary"),
+        "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
+        "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
+    }  # fmt: skip
+    log = home / "serve.log"
+    words = [sys.executable, "-m", "flows.cli", "serve"]
+    with log.open("w") as said:
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=said, stderr=said)
+    try:
+        assert wait_until(lambda: "started!" in log.read_text() or process.poll() is not None, 240)
+        assert process.poll() is None, log.read_text()
+        yield Served(folder, url, environment, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert living(environment) == []
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ kills a hundred times under each launcher, over recipes with a critic and with a
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ SMALL = (
     "recipe_changes.dapo.rollout.group_size=8", "recipe_changes.dapo.update.minibatches=4",
     "resources.save_every=2", "gates.reward_hacking=off", "recipe_changes.dapo.rollout.rounds=2",
 )  # fmt: skip
+
+SHORT = ("scale.iterations=1", "recipe_changes.dapo.rollout.rounds=1", "evaluation.every=0")
+"""For stages in processes of their own, which take seconds to start."""
 
 
 @dataclass
@@ -129,8 +133,7 @@ def test_a_run_killed_at_random_moments_comes_to_the_same_bytes(tmp_path, server
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, server):
     """A bench whose stages run in processes of their own, one iteration of them, and its undisturbed run."""
-    short = ("scale.iterations=1", "recipe_changes.dapo.rollout.rounds=1", "evaluation.every=0")
-    words = ("dapo", "resources.engine=transformers", "resources.launcher=process", *short)
+    words = ("dapo", "resources.engine=transformers", "resources.launcher=process", *SHORT)
     bench = Bench(tmp_path_factory.mktemp("processes"), server, words)
     bench.seconds = bench.undisturbed()
     return bench
@@ -180,12 +183,13 @@ SOAK = [
 @pytest.mark.soak
 @pytest.mark.parametrize(("recipe", "engine", "launcher", "kills"), SOAK)
 def test_a_hundred_kills_lose_nothing_and_change_nothing(tmp_path, server, recipe, engine, launcher, kills):
-    bench = Bench(tmp_path, server, (recipe, f"resources.engine={engine}", f"resources.launcher={launcher}"))
+    words = (recipe, f"resources.engine={engine}", f"resources.launcher={launcher}")
+    bench = Bench(tmp_path, server, (*words, *(SHORT if launcher == "process" else ())))
     longest, stories = bench.undisturbed(), 0
     while bench.killed < kills:
         bench.disturbed(f"killed-{stories}", longest, min(6, kills - bench.killed))
         bench.assert_same(f"killed-{stories}")
         stories += 1
-    sys.stderr.write(
-        f"{recipe}, {engine}, {launcher}: {bench.killed} kills in {stories} runs, none lost or different\n"
-    )
+        shutil.rmtree(tmp_path / f"killed-{stories - 1}")
+    told = f"{recipe}, {engine}, {launcher}: {bench.killed} kills in {stories} runs, none lost, none different"
+    sys.__stderr__.write(f"{told}\n")
