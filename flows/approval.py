@@ -7,6 +7,7 @@ from prefect import pause_flow_run
 from prefect.context import FlowRunContext
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
+from pydantic import Field
 
 from flows.promotion import Comparison, Word
 from flows.run import Run
@@ -15,7 +16,7 @@ from flows.run import Run
 class Approval(RunInput):
     """The form that resumes a paused run."""
 
-    promote: bool = True
+    promote: bool = Field(True, description="Off: this policy is never promoted.")
 
 
 def asked(run: Run) -> Callable[[Comparison], Word]:

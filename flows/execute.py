@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow, runtime
 
-from flows import hacking
+from flows import hacking, pictures
 from flows.evaluate import evaluate
 from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, ranks_candidates
 from flows.forking import branch
@@ -112,7 +112,7 @@ def run_experiment(
     """
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
     finished(resolved, Path(root))  # a place taken by another computation is told before anything is written
-    run = Run(resolved, Path(root), as_task, console.line, settle)
+    run = Run(resolved, Path(root), as_task, console.line, settle, pictures.show)
     with run.held(wait=wait):
         run.write_experiment()
         console.line(

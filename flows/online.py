@@ -94,7 +94,8 @@ def online(run: Run, base: Foundations, now: Now, first: int, at_most: int | Non
     for number in range(first, total):
         if new == at_most:
             return now.policy, number
-        new += not (run.iteration(number) / "policy").exists()
+        there = (run.iteration(number) / "policy").exists()
+        new += not there
         began = time.monotonic()
         made, now = iterate(run, base, now, number)
         spent = time.monotonic() - began
@@ -102,6 +103,8 @@ def online(run: Run, base: Foundations, now: Now, first: int, at_most: int | Non
         run.say(_line(number, total, made, run.experiment.scale.groups, spent, left))
         if made.kept < run.experiment.scale.groups:
             run.say(f"  short of groups: {made.kept} kept in {len(made.labels)} rounds" + _UNCHANGED * (made.kept == 0))
+        if not there:
+            run.after_iteration(run, number)
         every = run.experiment.evaluation.every
         if every and (number + 1) % every == 0 and number + 1 < total:
             evaluate(run, base, now.policy, number + 1)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.promotion import PROMOTED
 from flows.run import MissingError, Outcome, name_of
 from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
@@ -39,6 +40,8 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
     if isinstance(outcome, Outcome) and outcome.before is not None and outcome.after is not None:
         before, after = (_accuracy(labels) for labels in (outcome.before, outcome.after))
         lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
+    if (promoted := folder / PROMOTED).is_symlink():
+        lines.append(f"promoted: {promoted} -> {promoted.readlink()}")
     rlhf, elsewhere = _command(), "" if root == Path("runs") else f" --root {root}"
     other = next(name for name in Recipe.names() if name != experiment.recipe.name)
     lines += [

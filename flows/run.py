@@ -53,7 +53,7 @@ def silent(line: str) -> None:
     """Keep a line to yourself."""
 
 
-def nothing(run: "Run") -> None:
+def nothing(*what: object) -> None:
     """Do nothing."""
 
 
@@ -68,6 +68,8 @@ class Run:
     """Told how the loop goes, a line per iteration; nobody is, unless somebody asks."""
     after_evaluation: Callable[["Run"], None] = nothing
     """Called when a policy has been evaluated on held-out prompts."""
+    after_iteration: Callable[["Run", int], None] = nothing
+    """Called with the number of an iteration that is done."""
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,182 @@
+"""What Prefect's pages show of a run: links to its datasets, numbers by iteration, their curves, sample responses.
+
+All of it is read from the run's directory. Outside a flow run nothing is made, and nothing here decides anything.
+"""
+
+import base64
+import html
+import json
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+
+from flows.run import Run, artifacts_of
+from pipeline.artifacts import METRICS_FILE, Artifact
+from pipeline.seeds import derive
+
+CURVES = {
+    "reward": "reward/mean", "accuracy": "accuracy/mean", "KL to reference [nat/token]": "kl/reference",
+    "KL of the update [nat/token]": "kl/old", "entropy [nat/token]": "entropy/mean", "length [tokens]": "length/mean",
+}  # fmt: skip
+"""What is shown of an iteration -> its name among the metrics."""
+
+SECONDS = "seconds"
+
+SHOWN = 3
+"""Best, worst and random responses of an iteration, so many of each."""
+
+LONGEST = 400
+"""Characters that are shown of a text."""
+
+
+def link(artifact: Artifact, key: str) -> None:
+    """Leave a link to a dataset, with its numbers."""
+    numbers = [f"{name}: {value:g}" for name, value in artifact.stats.items()]
+    create_link_artifact(
+        link=artifact.path.absolute().as_uri(),
+        link_text=str(artifact.path),
+        key=_key(key),
+        description=", ".join(numbers),
+    )
+
+
+def show(run: Run, number: int) -> None:
+    """Show what iteration `number` came to: a table and curves up to it, and sample rows of it."""
+    if FlowRunContext.get() is None:
+        return
+    name = run.experiment.name
+    rows = [_numbers(folder) for folder in _iterations(run.folder, number)]
+    if not rows:
+        return
+    described = f"{name} up to iteration {number}"
+    create_table_artifact([dict(row) for row in rows], key=_key(f"{name}-metrics"), description=described)
+    create_markdown_artifact(picture(rows, described), key=_key(f"{name}-curves"), description=described)
+    create_markdown_artifact(
+        samples(run.iteration(number), derive(run.experiment.seed, "samples", number)),
+        key=_key(f"{name}-samples"), description=f"{name}, iteration {number}: responses",
+    )  # fmt: skip
+
+
+def _key(name: str) -> str:
+    """A name as Prefect wants keys: lower case, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _iterations(folder: Path, last: int) -> list[Path]:
+    """Directories of the iterations that the run made itself, in order."""
+    found = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]") if int(path.name) <= last)
+    return [path for path in found if artifacts_of(path)]
+
+
+@cache
+def _numbers(folder: Path) -> Mapping[str, float | None]:
+    """A row for one iteration: means over its artifacts by their rows, and the seconds that its stages took."""
+    artifacts = artifacts_of(folder)
+    tables = [(one, pq.read_table(path)) for one in artifacts if (path := one.path / METRICS_FILE).exists()]
+    row: dict[str, float | None] = {"iteration": int(folder.name)}
+    for shown, name in CURVES.items():
+        row[shown] = _mean((one, value) for one, table in tables for value in _values(table, name))
+    row[SECONDS] = round(sum(one.stats.get("seconds", 0.0) for one in artifacts), 3)
+    return row
+
+
+def _values(table: pa.Table, name: str) -> list[float]:
+    names, values = table["name"].to_pylist(), table["value"].to_pylist()
+    return [value for found, value in zip(names, values, strict=True) if found == name]
+
+
+def _mean(weighed: Iterable[tuple[Artifact, float]]) -> float | None:
+    pairs = [(one.stats.get("rows", 1.0), value) for one, value in weighed]
+    total = sum(weight for weight, _ in pairs)
+    return None if total == 0 else round(sum(weight * value for weight, value in pairs) / total, 6)
+
+
+def picture(rows: Sequence[Mapping[str, float | None]], title: str) -> str:
+    """Curves as Markdown that holds an SVG: Prefect's pages draw it, and need nothing else for it."""
+    there = [name for name in CURVES if any(row[name] is not None for row in rows)]
+    width, height, across = 320, 180, 2
+    down = -(-len(there) // across)
+    panels = [
+        f'<g transform="translate({index % across * width},{index // across * height})">{_panel(rows, name)}</g>'
+        for index, name in enumerate(there)
+    ]
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * across}" height="{height * down}" '
+        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(panels)}</svg>"
+    )
+    return f"![{text(title)}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
+
+
+def _panel(rows: Sequence[Mapping[str, float | None]], name: str) -> str:
+    """One curve in a field of 320 x 180, with its least and greatest value."""
+    points = [(row["iteration"] or 0.0, value) for row in rows if (value := row[name]) is not None]
+    first, last = points[0][0], points[-1][0]
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    left, right, top, bottom = 55, 305, 35, 145
+    spots = [
+        (
+            left + (right - left) * ((at - first) / (last - first) if last > first else 0.5),
+            bottom - (bottom - top) * ((value - low) / (high - low) if high > low else 0.5),
+        )
+        for at, value in points
+    ]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="#1f77b4"/>' for x, y in spots)
+    return (
+        f'<text x="{left}" y="20" font-weight="bold">{html.escape(name)}</text>'
+        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#999"/>'
+        f'<text x="{left - 5}" y="{top + 4}" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{left - 5}" y="{bottom + 4}" text-anchor="end">{low:.4g}</text>'
+        f'<text x="{left}" y="{bottom + 15}">{first:g}</text>'
+        f'<text x="{right}" y="{bottom + 15}" text-anchor="end">iteration {last:g}</text>'
+        f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>{dots}'
+    )
+
+
+def samples(folder: Path, seed: int) -> str:
+    """The best, the worst and some random responses of an iteration, as Markdown in which texts stay texts."""
+    rows = sorted(_judged(folder), key=lambda row: (-row["reward"], row["prompt_id"], row["sample"]))
+    drawn = sorted(rows, key=lambda row: derive(seed, row["prompt_id"], row["sample"]))[:SHOWN]
+    taken = [("best", row) for row in rows[:SHOWN]] + [("worst", row) for row in rows[-SHOWN:]]
+    lines = ["|  | reward | verdict | prompt | response |", "| --- | --- | --- | --- | --- |"]
+    for which, row in taken + [("random", row) for row in drawn]:
+        cells = (which, f"{row['reward']:g}", row["verdict"] or "", text(row["prompt"]), text(row["response"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _judged(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an iteration's rounds with prompt, response and what was said of it."""
+    rows: list[dict[str, Any]] = []
+    for labels in (one for one in artifacts_of(folder) if one.manifest.kind == "labels"):
+        rollouts = Artifact.open(Path(labels.manifest.inputs["rollouts"][0].path))
+        prompts = Artifact.open(Path(labels.manifest.inputs["prompts"][0].path))
+        asked = {row["prompt_id"]: row["messages"][-1]["content"] for row in prompts.table().to_pylist()}
+        said = _by_key(rollouts.table(["prompt_id", "sample", "response"]))
+        for key, row in _by_key(labels.table(["prompt_id", "sample", "reward", "verdict"])).items():
+            rows.append({**row, "prompt": asked[key[0].partition("#")[0]], "response": said[key]["response"]})
+    return rows
+
+
+def _by_key(table: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["prompt_id"], row["sample"]): row for row in table.to_pylist()}
+
+
+def text(given: str) -> str:
+    """What a model wrote, for Markdown on one line: nothing in it is markup, a link or the end of a cell.
+
+    All punctuation is escaped, which Markdown shows and never reads; line ends and what cannot be printed are shown as
+    JSON has them.
+    """
+    shown = given[:LONGEST] + "..." * (len(given) > LONGEST)
+    printable = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in shown)
+    return "".join(f"\\{one}" if one in string.punctuation else one for one in printable)
