@@ -171,7 +171,9 @@ def compare(candidate: Evaluated, now: Evaluated | None, experiment: Experiment)
     ours, theirs = (means(one, experiment.promotion) for one in (candidate, now))
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
-        failures = (*failures, "it answered other prompts than the present one")
+        other = "it answered other prompts than the present one"
+        nothing = "no held-out prompt has an answer to judge by: promotion.metric = 'reward' compares rewards"
+        failures = (*failures, other if ours and theirs else nothing)
         return Comparison(candidate, now, *(float("nan"),) * 3, 0, failures)
     gain, error = clustered(np.array([ours[p] - theirs[p] for p in shared]), np.arange(len(shared)))
     reach = norm.ppf(0.5 + experiment.promotion.confidence / 2) * error

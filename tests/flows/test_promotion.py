@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment
 
 PROMPTS = 60
+UNKNOWN = {**dict.fromkeys(LABELS.schema().names), "reward": 0.0, "keep": True}
 
 
 def committed(contract: Contract, path: Path, rows, stats=None, inputs=None):
@@ -169,7 +171,21 @@ def test_a_policy_that_is_not_there_any_more_is_not_promoted(run):
     assert not (folder / PROMOTED).is_symlink()
 
 
-def test_other_prompts_are_no_comparison(run):
+def test_without_answers_policies_are_compared_by_reward_or_not_at_all(run):
+    folder, evaluated = run
+    for iteration in range(2):
+        evaluated(iteration, lambda p: 1)
+    one, other = evaluations(folder)
+    blind = replace(other, labels=committed(LABELS, folder / "blind", [{**UNKNOWN, "prompt_id": "q", "sample": 0}]))
+    experiment = Experiment.load(folder / "experiment.toml")
+    [failure] = compare(blind, one, experiment).failures
+    assert "promotion.metric = 'reward'" in failure
+    by_reward = Experiment.load(folder / "experiment.toml", ["promotion.metric=reward"])
+    [failure] = compare(blind, one, by_reward).failures
+    assert "other prompts" in failure
+
+
+def test_the_same_rewards_are_no_gain(run):
     folder, evaluated = run
     for iteration, right in enumerate((1, 4)):
         evaluated(iteration, lambda p, right=right: right)
