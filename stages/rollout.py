@@ -246,7 +246,7 @@ def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@stage(writes=ROLLOUTS, version=1, hardware="gpu")
+@stage(writes=ROLLOUTS, version=2, hardware="gpu")
 def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Sample responses from the policy."""
     facts, longest = checkpoint.inspect(inputs.policy.path), settings.prompt_tokens + settings.response_tokens

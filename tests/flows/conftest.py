@@ -280,7 +280,7 @@ def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
     """What `true` says once it is, or at the end of the time."""
     end = time.monotonic() + seconds
     while not (said := true()) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.5)
     return said
 
 
@@ -306,7 +306,8 @@ def served(tmp_path_factory) -> Iterator[Served]:
         "PREFECT_HOME": str(home), "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_MEMO_STORE_PATH": str(home / "memo.toml"), "TMPDIR": str(home / "temporary"),
         "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "3",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "2",
         "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
         "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
     }  # fmt: skip
