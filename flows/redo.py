@@ -49,10 +49,12 @@ def refresh(folder: Path, say: Say) -> list[Artifact]:
     """Make everything again that the run would make differently today, because something before it was replaced."""
     refuse_no_run(folder)
     made: list[Artifact] = []
+    visited: set[Path] = set()
 
     def replacing(
         run: Run, stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None
     ) -> Artifact:
+        visited.add(out)
         try:
             if (done := stage.committed(out, settings, **paths)) is not None:
                 return done
@@ -69,7 +71,7 @@ def refresh(folder: Path, say: Say) -> list[Artifact]:
     with run.held():
         walk(run)
         for artifact in artifacts_of(folder):
-            if Ledger.around(folder).standing(artifact.path).state == "stale":
+            if artifact.path not in visited and Ledger.around(folder).standing(artifact.path).state == "stale":
                 _set_aside(artifact.path)
                 say(f"not needed any more: {name_of(artifact.path, run.root)}, now in {REPLACED}")
         write_metrics(folder)
@@ -126,7 +128,11 @@ def _beside(run: Run, ledger: Ledger, path: Path, changes: Sequence[str], label:
     out = path.with_name(f"{path.name}.{label}")
     artifact = launch(stage, out, settings, (run.experiment, run.file), **_inputs(ledger, path))
     say(f"{name_of(out, ledger.root)}: {_numbers(artifact)}  (before: {_numbers(Artifact.open(path))})")
-    _tell_stale(ledger, path, say)
+    if _tell_stale(ledger, path, say):
+        at = "" if (iteration := place_of(path)[1]) is None else f" --at {iteration}"
+        say("next:")
+        say(f"  rlhf fork {run.folder}{at} --as NAME --set ...   (a run of its own from there on, with the change)")
+        say(f"  rm -r {out}   (to forget it: the run itself goes by the old one)")
     return artifact
 
 
@@ -140,7 +146,8 @@ def _in_place(run: Run, ledger: Ledger, path: Path, say: Say) -> Artifact:
         say(f"{name} is made again, with the same bytes: what was made of it is as it was")
     else:
         say(f"{name} is made again, with other bytes; the old one lies in {REPLACED}")
-        _tell_stale(ledger, path, say)
+        if _tell_stale(ledger, path, say):
+            say(f"next:\n  rlhf redo {run.folder} --stale   (makes all of them again)")
     return artifact
 
 
@@ -200,21 +207,16 @@ def _endings() -> Iterator[str]:
         number += 1
 
 
-def _tell_stale(ledger: Ledger, path: Path, say: Say) -> None:
+def _tell_stale(ledger: Ledger, path: Path, say: Say) -> bool:
+    """Name what was made of an artifact; whether there is any."""
     stale = [other for other in ledger.downstream(path) if not is_redone(other)]
-    if not stale:
-        return
-    say(f"stale now, {len(stale)} artifacts that were made of the old one:")
+    if stale:
+        say(f"stale now, {len(stale)} artifacts that were made of the old one:")
     for other in stale[:10]:
         say(f"  {ledger.name(other)}")
     if len(stale) > 10:
         say(f"  and {len(stale) - 10} more: `rlhf status` lists them")
-    run = ledger.root / ledger.name(path).split("/")[0]
-    _, iteration = place_of(path)
-    say("next:")
-    if iteration is not None:
-        say(f"  rlhf fork {run} --at {iteration} --as NAME --set ...   (a run of its own from there on)")
-    say(f"  rlhf redo {run} --stale   (makes again in place what was made of other bytes)")
+    return bool(stale)
 
 
 def _numbers(artifact: Artifact) -> str:

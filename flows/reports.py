@@ -25,6 +25,9 @@ from pipeline.settings import without_none
 
 out = Console(soft_wrap=False)
 
+REMARKS = 5
+"""Artifacts that `rlhf verify` names one by one where they are stale or pruned."""
+
 
 def plan(experiment: Experiment, root: Path, outcome: Outcome | MissingError) -> None:
     """`run --dry-run`: the resolved experiment, and where work would begin."""
@@ -176,6 +179,7 @@ def verify(path: Path) -> bool:
     from flows.verifying import leftovers, verified
 
     count = bad = size = 0
+    remarks: list[str] = []
     for one in verified(path):
         count, size = count + 1, size + sum(record.bytes for record in one.artifact.manifest.files.values())
         bad += bool(one.faults)
@@ -183,8 +187,11 @@ def verify(path: Path) -> bool:
             out.print(f"{one.artifact.path}: {fault}", markup=False)
         if one.faults:
             out.print(f"  next:  {one.do}", markup=False)
-        for remark in one.remarks:
-            out.print(f"{one.artifact.path}: {remark}", markup=False)
+        remarks += [f"{one.artifact.path}: {remark}" for remark in one.remarks]
+    for remark in remarks[:REMARKS]:
+        out.print(remark, markup=False)
+    if len(remarks) > REMARKS:
+        out.print(f"and {len(remarks) - REMARKS} more that are stale or pruned: `rlhf status` lists them")
     for scratch in leftovers(path):
         out.print(f"{scratch}: unfinished; the next run goes on with it", markup=False)
     told = f"{bad} of them are not as they were made" if bad else "all as they were made"

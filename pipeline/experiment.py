@@ -235,7 +235,7 @@ class Gates(Settings):
     """Mean over responses of the sum of log-probability differences, in nat. Looked at where a reference is read."""
     entropy: Action = "warn"
     """Where the policy has become too sure of every token."""
-    entropy_least: float = Field(0.01, ge=0)
+    entropy_least: float = Field(0.005, ge=0)
     """Mean over tokens of the update's entropy, in nat."""
     reward_hacking: Action = "stop"
     """When the reward model's score rises while accuracy by the reference answers falls: stop, say so, or do not look.

@@ -60,6 +60,7 @@ def test_with_changes_a_stage_is_done_again_beside_the_old_and_what_came_after_i
     again = redo(folder, "labels-0", 1, ("label.wrong=-3.0",), None, said.append)
     assert again[0].path.name == "labels-0.redo-1"
     walk(Run(Experiment.load(folder / EXPERIMENT_FILE), folder.parent, look_up))  # goes by its own, all there
+    assert refresh(folder, said.append) == [] and digests(folder) == before  # nothing of it has other bytes
 
 
 def test_without_changes_a_damaged_artifact_is_made_again_with_the_same_bytes(folder):
@@ -173,3 +174,14 @@ def test_what_others_go_by_is_never_pruned(folder):
     assert not {one.artifact.path.parent.name for one in freed} & kept
     with pytest.raises(PipelineError, match="--keep 0"):
         prune(folder, 0)
+
+
+def test_a_redo_or_a_prune_that_was_killed_half_way_is_finished_by_the_next(folder, here_and_now):
+    before = digests(folder)
+    (folder / REPLACED / "0001").mkdir(parents=True)
+    (folder / "0001" / "scores").rename(folder / REPLACED / "0001" / "scores-killed")
+    (folder / "0000" / "policy" / PRUNED).touch()
+    walk(Run(Experiment.load(folder / EXPERIMENT_FILE), folder.parent, here_and_now))
+    assert digests(folder) == before
+    assert "0000" in {one.artifact.path.parent.name for one in prune(folder, 1) if one.artifact}
+    assert not (folder / "0000" / "policy" / "model.safetensors").exists() and not (folder / REPLACED).exists()
