@@ -24,7 +24,7 @@ from uuid import UUID
 import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.events import AutomationCore, EventTrigger, Posture, ResourceSpecification
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -198,7 +198,7 @@ def _declare_dead(flow_runs: set[str]) -> None:
     """Tell the server of flow runs that were ended: they die without saying so (a signal ends them within a task)."""
     if not flow_runs:
         return
-    dead = Crashed(message="Ended with its worker; the next run goes on.")
+    dead: State[None] = Crashed(message="Ended with its worker; the next run goes on.")
     with get_client(sync_client=True) as client:
         for flow_run in flow_runs if client.api_healthcheck() is None else ():
             state = client.read_flow_run(UUID(flow_run)).state

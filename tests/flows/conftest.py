@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -236,9 +237,17 @@ class Served:
         request = urllib.request.Request(
             f"{self.url}/{place}", data, {"Content-Type": "application/json"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for _ in range(20):
+            try:
+                # SQLite waits for a lock for up to a minute, or says at once that there is one.
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    text = answer.read()
+                    return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+                time.sleep(0.5)
+        raise TimeoutError(place)
 
     def deployment(self, name: str) -> dict[str, Any]:
         return self.ask(f"deployments/name/{name}/{name}", method="GET")
@@ -276,7 +285,7 @@ class Served:
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_until(true: Callable[[], Any], seconds: float = 180.0) -> Any:
     """What `true` says once it is, or at the end of the time."""
     end = time.monotonic() + seconds
     while not (said := true()) and time.monotonic() < end:
@@ -305,7 +314,7 @@ def served(tmp_path_factory) -> Iterator[Served]:
     environment = os.environ | {
         "PREFECT_HOME": str(home), "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_MEMO_STORE_PATH": str(home / "memo.toml"), "TMPDIR": str(home / "temporary"),
-        "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_API_URL": url, "OMP_NUM_THREADS": "1", "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "3",
         "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "2",
         "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",

@@ -15,7 +15,7 @@ from pipeline.artifacts import MANIFEST, Artifact
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-def wait_until(true, seconds=60.0):
+def wait_until(true, seconds=180.0):
     end = time.monotonic() + seconds
     while not (said := true()) and time.monotonic() < end:
         time.sleep(0.5)
@@ -39,12 +39,12 @@ def test_a_schedule_starts_runs_by_itself_until_it_is_paused(served):
     def completed():
         return [run for run in served.runs(schedule) if run["state_type"] == "COMPLETED"]
 
-    with served.every(6, "run", experiment="small.toml", name="scheduled") as schedule:
+    with served.every(10, "run", experiment="small.toml", name="scheduled") as schedule:
         assert wait_until(lambda: len(completed()) >= 2)
     assert (served.folder / "runs/scheduled/eval/0002/labels" / MANIFEST).exists(), "where `rlhf serve` was typed"
     assert {run["name"] for run in completed()} == {"scheduled"}
     ran = len(served.runs(schedule))
-    time.sleep(15)
+    time.sleep(12)
     assert len(served.runs(schedule)) == ran
 
 
@@ -67,8 +67,8 @@ def test_cancelling_ends_the_processes_of_a_stage_within_ten_seconds(served):
 
 def test_a_worker_that_was_killed_is_replaced_and_the_next_schedule_ends_its_run(served):
     run = served.folder / "runs/killed"
-    parameters = {"experiment": "small.toml", "name": "killed", "changes": ["scale.iterations=20", "base=killed-base"]}
-    with served.every(6, "run", **parameters) as schedule:
+    parameters = {"experiment": "small.toml", "name": "killed", "changes": ["scale.iterations=12", "base=killed-base"]}
+    with served.every(15, "run", **parameters) as schedule:
         assert wait_until((run / "0001/policy" / MANIFEST).exists)
         before, worker = (run / "0000/policy" / MANIFEST).stat(), served.worker()
         family = worker.children(recursive=True)
@@ -76,9 +76,9 @@ def test_a_worker_that_was_killed_is_replaced_and_the_next_schedule_ends_its_run
         assert wait_until(lambda: not alive(family), 30), "what it had started goes with it"
         assert wait_until(lambda: any("worker" in child.cmdline() for child in served.serve.children()))
         assert served.worker() != worker
-        assert not (run / "eval/0020").exists(), "the run was not at its end"
+        assert not (run / "eval/0012").exists(), "the run was not at its end"
         assert wait_until(lambda: any(one["state_type"] == "COMPLETED" for one in served.runs(schedule)))
-    assert (run / "eval/0020/labels" / MANIFEST).exists()
+    assert (run / "eval/0012/labels" / MANIFEST).exists()
     after = (run / "0000/policy" / MANIFEST).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "nothing was made twice"
     assert served.runs(schedule)[0]["state_type"] == "CRASHED"
@@ -87,7 +87,7 @@ def test_a_worker_that_was_killed_is_replaced_and_the_next_schedule_ends_its_run
 
 def test_two_runs_that_want_the_gpu_take_turns(served):
     def rlhf(name):
-        changes = ("--set", "resources.limits.gpu=gpu", "--set", f"base={name}-base", "--set", "scale.iterations=4")
+        changes = ("--set", "resources.limits.gpu=gpu", "--set", f"base={name}-base", "--set", "scale.iterations=2")
         words = [sys.executable, "-m", "flows.cli", "run", "small.toml", "--name", name, *changes]
         return subprocess.Popen(words, cwd=served.folder, env=served.environment, stderr=subprocess.DEVNULL)
 
@@ -112,7 +112,7 @@ def test_two_runs_that_want_the_gpu_take_turns(served):
         )
 
     found = wait_until(turns)
-    assert len(found) > 20
+    assert len(found) > 10
     for (_, end, _), (start, _, _) in pairwise(found):
         assert end <= start
     order = [name for _, _, name in found]
@@ -180,10 +180,10 @@ showing()
 def test_the_pages_draw_the_form_the_curves_and_the_samples(served, finished, browser):
     desk, _ = finished
     subprocess.run(
-        [sys.executable, "-c", SHOW, str(desk.folder / "runs/small")], cwd=served.folder, env=served.environment,
-        check=True, capture_output=True,
+        [sys.executable, "-c", SHOW, "runs/small"], cwd=desk.folder, env=served.environment, check=True,
+        capture_output=True,
     )  # fmt: skip
-    latest = {artifact["key"]: artifact["id"] for artifact in served.ask("artifacts/latest/filter")}
+    latest = {artifact["key"]: artifact["latest_id"] for artifact in served.ask("artifacts/latest/filter")}
     page = browser.new_page()
     pages = served.url.removesuffix("/api")
     page.goto(f"{pages}/artifacts/artifact/{latest['small-curves']}")
@@ -196,9 +196,9 @@ def test_the_pages_draw_the_form_the_curves_and_the_samples(served, finished, br
     page.get_by_text("accuracy").first.wait_for()
     page.goto(f"{pages}/deployments/deployment/{served.deployment('stage')['id']}/run")
     page.get_by_text("Which stage.").wait_for()
-    page.locator(".p-select, [role=combobox]").first.click()
-    for name in ("rollout", "update"):
-        page.get_by_text(name, exact=True).first.wait_for()
+    page.locator(".p-select-button__control").press("ArrowDown")
+    page.locator(".p-select-option__text").first.wait_for()
+    assert page.locator(".p-select-option__text").all_inner_texts() == list(STAGES)
     page.close()
 
 
