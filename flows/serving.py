@@ -132,8 +132,8 @@ class Service:
     environment: dict[str, str]
     log: Path | None = None
     """Where its words go; to the terminal when absent."""
-    ready: Callable[[], bool] = lambda: True
-    """Whether it answers."""
+    ready: Callable[[], bool] | None = None
+    """Whether it answers; not asked when absent."""
     process: "subprocess.Popen[bytes] | None" = None
     starts: list[float] = field(default_factory=list)
 
@@ -147,7 +147,7 @@ class Service:
                 self.words, env=self.environment, start_new_session=True, stdin=subprocess.DEVNULL,
                 stdout=said, stderr=said,
             )  # fmt: skip
-        while not self.ready():
+        while self.ready is not None and not self.ready():
             if not self.runs() or time.monotonic() > self.starts[-1] + START:
                 raise PipelineError(f"the {self.name} does not start", " ".join(self.words), f"read {self._told()}")
             time.sleep(PAUSE)

@@ -125,18 +125,27 @@ def _places(limit: str) -> int:
 
 @contextmanager
 def _locked(limit: str, places: int) -> Iterator[None]:
-    """Lock one of the files of a limit. They lie where all runs of this machine find them, wherever their roots are."""
+    """Lock one of the files of a limit. They lie where all runs of this machine find them, wherever their roots are.
+
+    Who waits holds the door: whoever let go a moment ago, and wants to come back, waits behind it.
+    """
     folder = Path(tempfile.gettempdir()) / f"rlhf-limits-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    files = [folder / f"{quote(limit, safe='')}-{number}" for number in range(max(places, 1))]
     with ExitStack() as stack:
-        number = 0
-        while True:
+        with ExitStack() as waiting:
+            _enter(waiting, [folder / f"{quote(limit, safe='')}-door"], limit)
+            _enter(stack, files, limit)
+        yield
+
+
+def _enter(stack: ExitStack, files: Sequence[Path], limit: str) -> None:
+    """Wait until one of the files can be locked, and leave it to the stack."""
+    while True:
+        for file in files:
             try:
-                stack.enter_context(held(folder / f"{quote(limit, safe='')}-{number}", f"limit {limit}"))
-                break
+                stack.enter_context(held(file, f"limit {limit}"))
+                return
             except BusyError as busy:
                 console.progress(f"waiting: {busy.what}")
-            number = (number + 1) % max(places, 1)
-            if number == 0:
-                time.sleep(PAUSE)
-        yield
+        time.sleep(PAUSE)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line that stays."""
         self._clear()
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        _write(f"{text}\n")
 
     def progress(self, text: str) -> None:
         """Show a line that the next one replaces."""
@@ -69,14 +69,20 @@ class Console:
             self.line(f"  {text}")
             return
         self._clear()
-        sys.stderr.write(f"  {text}")
-        sys.stderr.flush()
+        _write(f"  {text}")
         self._fleeting = True
 
     def _clear(self) -> None:
         if self._fleeting:
-            sys.stderr.write("\r\033[K")
+            _write("\r\033[K")
             self._fleeting = False
+
+
+def _write(text: str) -> None:
+    """Show text; where nobody reads any more (the worker that started this is gone), the work goes on unseen."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 console = Console()
