@@ -5,11 +5,10 @@ from pathlib import Path
 
 from flows.foundations import Foundations, foundations
 from flows.online import Now, iterate
-from flows.run import EXPERIMENT_FILE, MissingError, Run, look_up, refuse_no_run
+from flows.run import EXPERIMENT_FILE, MissingError, Run, look_up, name_given, refuse_no_run
 from pipeline.artifacts import Artifact
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.experiment import Experiment, Fork
-from pipeline.settings import plain_name
 
 
 def fork(folder: Path, at: int, name: str, recipe: str | None = None, changes: tuple[str, ...] = ()) -> Path:
@@ -20,10 +19,7 @@ def fork(folder: Path, at: int, name: str, recipe: str | None = None, changes: t
     """
     refuse_no_run(folder)
     root = folder.resolve().parent
-    try:
-        target = root / plain_name(name)
-    except ValueError as error:
-        raise ExperimentError(str(error), "--as") from error
+    target = root / name_given(name)
     if target.exists():
         raise ExperimentError(f"there is a run called {name!r} already", str(target), "choose another --as")
     read = Experiment.load(folder / EXPERIMENT_FILE, changes, recipe, name)

@@ -16,6 +16,9 @@ from pipeline.artifacts import MANIFEST, PRUNED, InputRecord, Manifest
 from pipeline.errors import ArtifactError
 from pipeline.stage import digest_of_file
 
+FARTHEST = 4
+"""Directories from the root to the farthest artifact: `RUN/eval/0000/labels`."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -49,8 +52,12 @@ class Ledger:
     def around(cls, path: Path) -> Self:
         """Of the root that an artifact or a run belongs to: the directory above the run that holds it."""
         here = path.resolve()
-        runs = [place for place in (here, *here.parents) if (place / EXPERIMENT_FILE).is_file()]
-        return cls.of(runs[0].parent if runs else _outermost(here))
+        for place in (here, *here.parents[:FARTHEST]):
+            if (place / EXPERIMENT_FILE).is_file():
+                return cls.of(place.parent)
+            if any(place.glob(f"*/{EXPERIMENT_FILE}")):
+                return cls.of(place)
+        return cls.of(_outermost(here))
 
     def place(self, record: InputRecord) -> Path | None:
         """Where an input lies today: at its path, or in the same place below a root that was moved; None if gone."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
-from flows.run import Run, artifacts_of
+from flows.run import Run, artifacts_of, manifests
 from pipeline.artifacts import METRICS_FILE, Artifact
 from pipeline.seeds import derive
 
@@ -73,7 +73,7 @@ def _key(name: str) -> str:
 def _iterations(folder: Path, last: int) -> list[Path]:
     """Directories of the iterations that the run made itself, in order."""
     found = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]") if int(path.name) <= last)
-    return [path for path in found if artifacts_of(path)]
+    return [path for path in found if any(manifests(path))]
 
 
 @cache

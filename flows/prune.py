@@ -4,13 +4,13 @@ Manifests, configs and tokenizers stay, so lineage survives and a run is still c
 first, so that a prune that is killed leaves a checkpoint that says so.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.lineage import Ledger
 from flows.promotion import PROMOTED, evaluations
-from flows.redo import throw_away
 from flows.run import EXPERIMENT_FILE, REPLACED, Run, artifacts_of, look_up, refuse_no_run
 from pipeline.artifacts import PRUNED, Artifact, flush, place_of
 from pipeline.errors import ExperimentError
@@ -49,7 +49,7 @@ def prune(folder: Path, keep: int = 2, *, dry_run: bool = False) -> list[Pruned]
         freed = [Pruned(one, size) for one in found if (size := _weigh(one, dry_run=dry_run))]
         replaced = sum(path.stat().st_size for path in (folder / REPLACED).rglob("*") if path.is_file())
         if replaced and not dry_run:
-            throw_away(folder)
+            shutil.rmtree(folder / REPLACED)
         return [*freed, *([Pruned(None, replaced)] if replaced else [])]
 
 

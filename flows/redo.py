@@ -4,7 +4,6 @@ What is replaced is not thrown away: it lies in `.replaced` of its run. What was
 and is told so; `refresh` walks the run and makes all of that again.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,13 +11,23 @@ from pydantic import ValidationError
 
 from flows.execute import walk
 from flows.lineage import Ledger
-from flows.run import EXPERIMENT_FILE, REPLACED, Run, artifacts_of, is_redone, name_of, refuse_no_run, write_metrics
+from flows.run import (
+    EXPERIMENT_FILE,
+    REPLACED,
+    Run,
+    artifacts_of,
+    is_redone,
+    name_given,
+    name_of,
+    refuse_no_run,
+    write_metrics,
+)
 from flows.tables import STAGES, load_stage
 from pipeline.artifacts import Artifact, Manifest, place_of
 from pipeline.errors import ArtifactError, ExperimentError, InputError
 from pipeline.experiment import Experiment
 from pipeline.launch import launch
-from pipeline.settings import explain, override, plain_name
+from pipeline.settings import explain, override
 from pipeline.stage import Paths, Stage, StageSettings
 
 Say = Callable[[str], None]
@@ -70,8 +79,9 @@ def refresh(folder: Path, say: Say) -> list[Artifact]:
     run = Run(Experiment.load(folder / EXPERIMENT_FILE), folder.parent, replacing, say)
     with run.held():
         walk(run)
+        ledger = Ledger.around(folder)
         for artifact in artifacts_of(folder):
-            if artifact.path not in visited and Ledger.around(folder).standing(artifact.path).state == "stale":
+            if artifact.path not in visited and ledger.standing(artifact.path).state == "stale":
                 _set_aside(artifact.path)
                 say(f"not needed any more: {name_of(artifact.path, run.root)}, now in {REPLACED}")
         write_metrics(folder)
@@ -112,10 +122,7 @@ def _meant(run: Run, ledger: Ledger, what: str, iteration: int | None) -> list[P
 
 def _label(name: str | None, found: Sequence[Path]) -> str:
     if name is not None:
-        try:
-            return plain_name(name)
-        except ValueError as error:
-            raise ExperimentError(str(error), "--as") from error
+        return name_given(name)
     number = 1
     while any(path.with_name(f"{path.name}.redo-{number}").exists() for path in found):
         number += 1
@@ -223,11 +230,3 @@ def _numbers(artifact: Artifact) -> str:
     named = ("reward/mean", "accuracy/mean", "groups/kept", "kl/sampler", "tokens", "rows", "steps")
     told = [f"{name} {artifact.stats[name]:.4g}" for name in named if name in artifact.stats]
     return ", ".join(told[:3]) or f"digest {artifact.manifest.digest[:12]}"
-
-
-def throw_away(folder: Path) -> int:
-    """Delete what was replaced in a run; returns the bytes freed."""
-    place = folder / REPLACED
-    size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if place.exists() else 0
-    shutil.rmtree(place, ignore_errors=True)
-    return size

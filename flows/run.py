@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 
 from pipeline.artifacts import MANIFEST, METRICS_FILE, SCRATCH, Artifact
 from pipeline.contracts import METRICS
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.locks import held
+from pipeline.settings import plain_name
 from pipeline.stage import Stage, StageSettings
 
 EXPERIMENT_FILE, LOCK_FILE = "experiment.toml", ".lock"
@@ -120,6 +121,14 @@ def refuse_no_run(folder: Path) -> None:
     """Raise `ArtifactError` for a folder that is no run."""
     if not (folder / EXPERIMENT_FILE).is_file():
         raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
+
+
+def name_given(name: str) -> str:
+    """What a person typed after `--as`. Raises `ExperimentError` where it could lead out of its directory."""
+    try:
+        return plain_name(name)
+    except ValueError as error:
+        raise ExperimentError(str(error), "--as") from error
 
 
 def path_of(artifact: Artifact | None) -> Path | None:
