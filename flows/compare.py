@@ -5,6 +5,7 @@ Each recipe labels and credits the same responses, from the columns that the run
 the reason.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +14,21 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from flows.run import EXPERIMENT_FILE, is_redone, refuse_no_run
-from flows.tables import Sheet
+from flows.sheets import Sheet
 from pipeline.algorithms.bind import Bound, bind
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS
 from pipeline.artifacts import Artifact
+from pipeline.catalog import COMPARE, EXPERIMENT_FILE, is_redone, lies_at, refuse_no_run
 from pipeline.contracts import SCORES
 from pipeline.errors import ArtifactError, ExperimentError, PipelineError
 from pipeline.experiment import Experiment
+from pipeline.stage import Stage, StageSettings
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.label import Settings as LabelSettings
 from stages.label import label
 
-COMPARE = "compare"
 PICTURE = "compare.html"
 
 Rewards = Literal["recipe", "stored"]
@@ -48,8 +49,12 @@ class Stored:
 
     @property
     def prompts(self) -> Path:
-        """What the responses answer."""
-        return Path(self.labels[0].manifest.inputs["prompts"][0].path)
+        """What the responses answer. Raises `ArtifactError` where that is gone."""
+        (record,) = self.labels[0].manifest.inputs["prompts"]
+        place = lies_at(record, [self.folder.resolve().parent])
+        if place is None:
+            raise ArtifactError("the prompts are gone", record.path, "put them back where they were")
+        return place
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,8 @@ def _credit(name: str, recipe: Recipe, source: Stored, rewards: Rewards, places:
     here = source.folder / COMPARE / f"{source.iteration:04d}" / (name if rewards == "recipe" else f"{name}-{rewards}")
     labels = source.labels if rewards == "stored" else _labelled(here, experiment, source)
     scores = source.scores.path if needs - {"reward_scores"} and source.scores is not None else None
-    table = advantage.run(
-        here / "advantages", AdvantageSettings.of(experiment), rollouts=[a.path for a in source.rollouts],
+    table = _anew(
+        advantage, here / "advantages", AdvantageSettings.of(experiment), rollouts=[a.path for a in source.rollouts],
         labels=[a.path for a in labels], scores=scores,
     )  # fmt: skip
     seconds = table.stats["seconds"] + sum(a.stats["seconds"] for a in labels if rewards == "recipe")
@@ -183,13 +188,24 @@ def _as_sampled(recipe: Recipe, source: Stored) -> dict[str, Any]:
     }
 
 
+def _anew(stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact:
+    """What lies at `out`, made again where it is of another recipe or other inputs: nobody goes by it."""
+    try:
+        stage.committed(out, settings, **paths)
+    except ArtifactError:
+        if not out.exists():
+            raise  # an input is at fault, not what was made
+        shutil.rmtree(out)
+    return stage.run(out, settings, **paths)
+
+
 def _labelled(here: Path, experiment: Experiment, source: Stored) -> tuple[Artifact, ...]:
     made = []
     for turn, rollouts in enumerate(source.rollouts):
         judgements = source.judgements[turn].path if turn < len(source.judgements) else None
         made.append(
-            label.run(
-                here / f"labels-{turn}", LabelSettings.of(experiment), rollouts=rollouts.path,
+            _anew(
+                label, here / f"labels-{turn}", LabelSettings.of(experiment), rollouts=rollouts.path,
                 prompts=source.prompts, judgements=judgements,
             )
         )  # fmt: skip

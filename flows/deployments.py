@@ -14,9 +14,10 @@ from flows.evaluate import evaluate
 from flows.execute import find_experiment, finished, run_experiment
 from flows.forking import branch, stood
 from flows.foundations import foundations
-from flows.run import EXPERIMENT_FILE, Outcome, Run, look_up, refuse_no_run
+from flows.run import Outcome, Run, look_up
 from flows.tables import STAGES, load_stage
 from flows.tasks import as_task, perform
+from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment, Fork, Resources
 from pipeline.launch import launch

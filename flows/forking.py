@@ -5,8 +5,9 @@ from pathlib import Path
 
 from flows.foundations import Foundations, foundations
 from flows.online import Now, iterate
-from flows.run import EXPERIMENT_FILE, MissingError, Run, look_up, name_given, refuse_no_run
+from flows.run import MissingError, Run, look_up, name_given
 from pipeline.artifacts import Artifact
+from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.experiment import Experiment, Fork
 

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flows.gates import WORST, responses, shown
-from flows.run import is_redone, refuse_no_run
 from pipeline.artifacts import Artifact
+from pipeline.catalog import is_redone, refuse_no_run
 from pipeline.contracts import LABELS, SCORES
 from pipeline.errors import GateError
 from pipeline.experiment import Gates

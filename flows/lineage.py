@@ -11,8 +11,8 @@ from typing import Literal, Self
 from rich.markup import escape
 from rich.tree import Tree
 
-from flows.run import EXPERIMENT_FILE, is_redone, manifests
 from pipeline.artifacts import MANIFEST, PRUNED, InputRecord, Manifest
+from pipeline.catalog import EXPERIMENT_FILE, is_redone, lies_at, manifests
 from pipeline.errors import ArtifactError
 from pipeline.stage import digest_of_file
 
@@ -60,10 +60,8 @@ class Ledger:
         return cls.of(_outermost(here))
 
     def place(self, record: InputRecord) -> Path | None:
-        """Where an input lies today: at its path, or in the same place below a root that was moved; None if gone."""
-        recorded = Path(record.path)
-        moved = (self.root / Path(*recorded.parts[start:]) for start in range(1, len(recorded.parts)))
-        return next((path.resolve() for path in (recorded, *moved) if path.exists()), None)
+        """Where an input lies today; None if gone."""
+        return lies_at(record, [self.root])
 
     def standing(self, path: Path) -> Standing:
         """Whether the artifact at `path` is what its inputs would give today."""

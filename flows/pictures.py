@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
-from flows.run import Run, artifacts_of, manifests
+from flows.run import Run
 from pipeline.artifacts import METRICS_FILE, Artifact
+from pipeline.catalog import artifacts_of, manifests
 from pipeline.seeds import derive
 
 CURVES = {

@@ -13,15 +13,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from scipy.stats import norm
 
 from flows import gates
 from flows.results import Evaluated
-from flows.run import EXPERIMENT_FILE, Run, refuse_no_run
+from flows.run import Run
 from pipeline.artifacts import Artifact, InputRecord, flush
+from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.contracts import POLICY
 from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment, Promotion
@@ -176,7 +177,7 @@ def compare(candidate: Evaluated, now: Evaluated | None, experiment: Experiment)
         failures = (*failures, other if ours and theirs else nothing)
         return Comparison(candidate, now, *(float("nan"),) * 3, 0, failures)
     gain, error = clustered(np.array([ours[p] - theirs[p] for p in shared]), np.arange(len(shared)))
-    reach = norm.ppf(0.5 + experiment.promotion.confidence / 2) * error
+    reach = NormalDist().inv_cdf(0.5 + experiment.promotion.confidence / 2) * error
     return Comparison(candidate, now, gain, gain - reach, gain + reach, len(shared), failures)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from flows.lineage import Ledger
 from flows.promotion import PROMOTED, evaluations
-from flows.run import EXPERIMENT_FILE, REPLACED, Run, artifacts_of, look_up, refuse_no_run
+from flows.run import Run, look_up
 from pipeline.artifacts import PRUNED, Artifact, flush, place_of
+from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of, refuse_no_run
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 

@@ -11,19 +11,10 @@ from pydantic import ValidationError
 
 from flows.execute import walk
 from flows.lineage import Ledger
-from flows.run import (
-    EXPERIMENT_FILE,
-    REPLACED,
-    Run,
-    artifacts_of,
-    is_redone,
-    name_given,
-    name_of,
-    refuse_no_run,
-    write_metrics,
-)
+from flows.run import Run, name_given, write_metrics
 from flows.tables import STAGES, load_stage
 from pipeline.artifacts import Artifact, Manifest, place_of
+from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of, is_redone, name_of, refuse_no_run
 from pipeline.errors import ArtifactError, ExperimentError, InputError
 from pipeline.experiment import Experiment
 from pipeline.launch import launch

@@ -1,29 +1,22 @@
 """What the commands print for a person."""
 
-import json
 import shutil
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
-
-import tomli_w
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import get_args
 
 from flows.promotion import PROMOTED
-from flows.run import MissingError, Outcome, name_of
-from flows.tables import Sheet, contract_sheet, recipes_sheet, stages_sheet
+from flows.run import MissingError, Outcome
+from flows.sheets import out, print_sheet
+from flows.tables import contract_sheet, metrics_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
-from pipeline.contracts import CONTRACTS, Contract
+from pipeline.catalog import name_of
+from pipeline.contracts import CONTRACTS
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
-from pipeline.settings import without_none
-
-out = Console(soft_wrap=False)
 
 REMARKS = 5
 """Artifacts that `rlhf verify` names one by one where they are stale or pruned."""
@@ -76,16 +69,9 @@ def _accuracy(labels: Artifact) -> str:
     )
 
 
-def _print(sheet: Sheet) -> None:
-    table = Table(*sheet.header, title=sheet.title, title_justify="left")
-    for row in sheet.rows:
-        table.add_row(*map(Text, row))
-    out.print(table)
-
-
 def stages() -> None:
     """`rlhf stages`."""
-    _print(stages_sheet())
+    print_sheet(stages_sheet())
 
 
 def contracts(name: str | None) -> None:
@@ -95,13 +81,13 @@ def contracts(name: str | None) -> None:
     for contract in CONTRACTS.values():
         if contract.is_table and name in (None, contract.name):
             out.print(contract.doc)
-            _print(contract_sheet(contract))
+            print_sheet(contract_sheet(contract))
 
 
 def recipes(name: str | None) -> None:
     """`rlhf recipes [NAME]`: the table, or the recipe's file with the source of each number."""
     if name is None:
-        _print(recipes_sheet())
+        print_sheet(recipes_sheet())
         return
     Recipe.load(name)
     sys.stdout.write(resources.files("pipeline.algorithms").joinpath("recipes", f"{name}.toml").read_text("utf-8"))
@@ -116,7 +102,7 @@ def compare(folder: Path, iteration: int, names: list[str], rewards: str) -> Non
     whose: comparing.Rewards = "stored" if rewards == "stored" else "recipe"
     made = comparing.compare(comparing.stored(folder, iteration), names or Recipe.names(), whose)
     for sheet in comparing.sheets(made):
-        _print(sheet)
+        print_sheet(sheet)
     sys.stdout.write(f"picture: {comparing.picture(made)}\n")
 
 
@@ -125,7 +111,7 @@ def results(folders: list[Path]) -> None:
     from flows import hacking
     from flows import results as ending
 
-    _print(ending.table(folders).transposed())
+    print_sheet(ending.table(folders).transposed())
     if (picture := hacking.draw(folders)) is not None:
         sys.stdout.write(f"score against accuracy, as a picture: {picture}\n")
 
@@ -137,7 +123,7 @@ def status(folder: Path, *, every: bool) -> None:
     about, sheet = state.status(folder, every=every)
     for line in about:
         out.print(line, markup=False)
-    _print(sheet)
+    print_sheet(sheet)
 
 
 def redo(folder: Path, stage: str, iteration: int | None, changes: list[str], name: str | None, *, stale: bool) -> None:
@@ -199,64 +185,6 @@ def verify(path: Path) -> bool:
     return not bad
 
 
-def show(path: Path, rows: int, where: str | None) -> None:
-    """`rlhf show PATH`: manifest, columns with their meaning, statistics, sample rows."""
-    artifact = Artifact.open(path)
-    manifest = artifact.manifest
-    out.print(
-        f"[bold]{manifest.kind}[/bold] made by stage {manifest.stage} version {manifest.version}, "
-        f"{manifest.made.get('time', 'elsewhere')}"
-    )
-    out.print(f"fingerprint {manifest.fingerprint[:16]}  digest {manifest.digest[:16]}")
-    out.print("settings", tomli_w.dumps(without_none(manifest.settings)), markup=False)
-    for name, records in manifest.inputs.items():
-        for record in records:
-            out.print(f"input {name}: {record.path} ({record.digest[:16]})", markup=False)
-    if artifact.contract.is_table:
-        _show_table(artifact, artifact.contract, rows, where)
-    numbers = tuple((name, f"{value:,.6g}") for name, value in manifest.stats.items())
-    _print(Sheet("statistics", ("name", "value"), numbers))
-
-
-def _show_table(artifact: Artifact, contract: Contract, rows: int, where: str | None) -> None:
-    _print(contract_sheet(contract))
-    import duckdb
-
-    condition = f" where ({where})" if where else ""
-    connection = duckdb.connect()
-    try:
-        connection.register("data", artifact.table())
-        # What a person types may look at the rows, and at nothing else on this machine.
-        connection.execute("set enable_external_access = false; set lock_configuration = true")
-        one = f"select * from data{condition} limit {int(rows)}"  # noqa: S608
-        if len(duckdb.extract_statements(one)) != 1:
-            raise ExperimentError("one condition is wanted", f"--where {where!r}", "leave out the `;`")
-        found = connection.execute(one).to_arrow_table()
-        [(total,)] = connection.execute(f"select count(*) from data{condition}").fetchall()  # noqa: S608
-    except duckdb.Error as error:
-        raise ExperimentError(
-            f"cannot select: {error}", f"--where {where!r}", "name columns of the table above"
-        ) from error
-    out.print(f"{min(rows, total)} of {total} rows" + (f" where {where}" if where else ""), markup=False)
-    for row in found.to_pylist():
-        _show_row(row)
-
-
-def _show_row(row: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    for name, value in row.items():
-        table.add_row(f"[dim]{name}[/dim]", _short(value))
-    out.print(table)
-    out.print()
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], float):
-        return Text(
-            f"{len(value)} numbers: " + " ".join(f"{x:.3g}" for x in value[:12]) + (" ..." if len(value) > 12 else "")
-        )
-    if isinstance(value, list):
-        return Text(
-            f"{len(value)}: " + json.dumps(value[:24], ensure_ascii=False) + (" ..." if len(value) > 24 else "")
-        )
-    return Text(str(value))
+def metrics() -> None:
+    """`rlhf metrics`: what stages measure, and what TRL and verl call it."""
+    print_sheet(metrics_sheet())

@@ -1,6 +1,7 @@
 """What runs came to: a row for each policy, from what lies in `eval/` of the runs and nothing else.
 
-    SFT       the first policy, once for all runs that start from the same one and ask it the same
+    SFT       the first policy, once for all runs that start from the same one and ask it the same;
+              `start of NAME` where a run was forked from another: what it began with
     NAME      the last policy of each run
 
 Held-out prompts and documents only; a cell without data is empty, a column without any is left out.
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flows.run import refuse_no_run
-from flows.tables import Sheet
+from flows.sheets import Sheet
 from pipeline import ragged
 from pipeline.artifacts import Artifact, InputRecord
+from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.contracts import LABELS, PERPLEXITIES, ROLLOUTS, SCORES, Contract
 from pipeline.errors import ArtifactError
 from pipeline.grading.measures import clustered, win_rate
+from pipeline.settings import read_toml
 
 ACCURACY, WIN_RATE, PAIRS, DECIDED = "accuracy", "win rate", "wins / ties / losses", "wins among decided"
 SCORE, KL_RESPONSE, KL_TOKEN = "score", "KL [nat/response]", "KL [nat/token]"
@@ -98,8 +100,11 @@ def table(folders: Sequence[Path]) -> Sheet:
     for first, _ in ends:
         firsts.setdefault(first.name, []).append(first)
     rows: list[tuple[str, Cells]] = []
+    starts = {one[0].iteration == 0 for one in firsts.values()}
     for same in firsts.values():
-        name = "SFT" if len(firsts) == 1 else f"SFT of {', '.join(_names(one.run for one in same))}"
+        whose = ", ".join(_names(one.run for one in same))
+        name = f"SFT of {whose}" if same[0].iteration == 0 else f"start of {whose}, iteration {same[0].iteration}"
+        name = "SFT" if starts == {True} and len(firsts) == 1 else name
         rows.append((name, _joined(_cells(one, columns) for one in same)))
     for name, (first, last) in zip(_names(last.run for _, last in ends), ends, strict=True):
         rows.append((f"{name}, iteration {last.iteration}", {**_cells(last, columns), **_against(first, last)}))
@@ -113,7 +118,8 @@ def _ends(folder: Path) -> tuple[Evaluated, Evaluated]:
     refuse_no_run(folder)
     found = (Evaluated.open(folder, int(path.name)) for path in sorted((folder / "eval").glob("[0-9][0-9][0-9][0-9]")))
     there = [one for one in found if one.name is not None]
-    if len(there) < 2 or there[0].iteration != 0:
+    begins = read_toml(folder / EXPERIMENT_FILE).get("fork", {}).get("at", 0)
+    if len(there) < 2 or there[0].iteration != begins:
         iterations = ", ".join(str(one.iteration) for one in there) or "none"
         raise ArtifactError(
             f"a first and a later policy have to be evaluated; evaluated iterations there: {iterations}",

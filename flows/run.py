@@ -1,25 +1,22 @@
 """A run: where its artifacts lie, and how a stage is performed. All state is read back from manifests."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import MANIFEST, METRICS_FILE, SCRATCH, Artifact
-from pipeline.contracts import METRICS
-from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.artifacts import METRICS_FILE, Artifact
+from pipeline.catalog import EXPERIMENT_FILE, gather_metrics
+from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.locks import held
 from pipeline.settings import plain_name
 from pipeline.stage import Stage, StageSettings
 
-EXPERIMENT_FILE, LOCK_FILE = "experiment.toml", ".lock"
-REPLACED = ".replaced"
-"""Directory of a run in which artifacts lie that were made again in their place."""
+LOCK_FILE = ".lock"
 
 
 class Perform(Protocol):
@@ -117,12 +114,6 @@ class Outcome:
     after: Artifact | None
 
 
-def refuse_no_run(folder: Path) -> None:
-    """Raise `ArtifactError` for a folder that is no run."""
-    if not (folder / EXPERIMENT_FILE).is_file():
-        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
-
-
 def name_given(name: str) -> str:
     """What a person typed after `--as`. Raises `ExperimentError` where it could lead out of its directory."""
     try:
@@ -134,37 +125,6 @@ def name_given(name: str) -> str:
 def path_of(artifact: Artifact | None) -> Path | None:
     """Where an artifact lies that a stage may do without."""
     return None if artifact is None else artifact.path
-
-
-def name_of(path: Path, root: Path) -> str:
-    """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
-    return "/".join(path.relative_to(root).parts[1:])
-
-
-def is_redone(path: Path, of: str | None = None) -> bool:
-    """Whether the name is that of an artifact made again beside another: `labels-0.lenient`."""
-    name, dot, _ = path.name.partition(".")
-    return bool(dot) and (of is None or name == of)
-
-
-def manifests(root: Path) -> Iterator[Path]:
-    """Of everything below `root` that is committed and in its place."""
-    for path in root.rglob(MANIFEST):
-        if not any(part.startswith(SCRATCH) or part == REPLACED for part in path.relative_to(root).parts):
-            yield path
-
-
-def artifacts_of(folder: Path) -> list[Artifact]:
-    """Every artifact that a run goes by, in the order of its making; those redone beside them are left out."""
-    found = [path.parent for path in manifests(folder) if not is_redone(path.parent)]
-    opened = [Artifact.open(path) for path in sorted(found)]
-    return sorted(opened, key=lambda artifact: (artifact.path / MANIFEST).stat().st_mtime_ns)
-
-
-def gather_metrics(folder: Path) -> pa.Table:
-    """The metrics of all artifacts of a run."""
-    files = [artifact.path / METRICS_FILE for artifact in artifacts_of(folder)]
-    return pa.concat_tables([METRICS.schema().empty_table(), *(pq.read_table(path) for path in files if path.exists())])
 
 
 def write_metrics(folder: Path) -> None:

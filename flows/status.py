@@ -17,9 +17,10 @@ from pathlib import Path
 
 from flows.lineage import Ledger
 from flows.promotion import PROMOTED
-from flows.run import EXPERIMENT_FILE, LOCK_FILE, is_redone, name_of, refuse_no_run
-from flows.tables import Sheet
+from flows.run import LOCK_FILE
+from flows.sheets import Sheet
 from pipeline.artifacts import SCRATCH, Manifest
+from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run
 from pipeline.experiment import Experiment
 from pipeline.locks import holder, is_held
 
@@ -54,20 +55,21 @@ def status(folder: Path, *, every: bool = False) -> tuple[list[str], Sheet]:
         refuse_no_run(folder)
     ledger = Ledger.around(folder)
     here = folder.resolve()
-    own = {path: manifest for path, manifest in ledger.manifests.items() if path.is_relative_to(here)}
+    below = {path: manifest for path, manifest in ledger.manifests.items() if path.is_relative_to(here)}
+    own = {path: manifest for path, manifest in below.items() if not is_aside(path.relative_to(here))}
     if not own and not (folder / EXPERIMENT_FILE).is_file():
         refuse_no_run(folder)
     lines = [_committed(ledger, path, manifest, here) for path, manifest in own.items()]
-    lines += _begun(here)
+    lines += begun(here)
     if (folder / EXPERIMENT_FILE).is_file():
         experiment = Experiment.load(folder / EXPERIMENT_FILE)
         lines += _missing(experiment, {line.name for line in lines})
-        about = list(_about(folder, experiment))
+        told = list(about(folder, experiment))
     else:
-        about = []
+        told = []
     ordered = sorted(lines, key=lambda line: _order(line.name))
     shown = ordered if every else list(_folded(ordered))
-    return about, Sheet(str(folder), ("artifact", "state", "seconds", "rows", ""), tuple(x.cells() for x in shown))
+    return told, Sheet(str(folder), ("artifact", "state", "seconds", "rows", ""), tuple(x.cells() for x in shown))
 
 
 def _committed(ledger: Ledger, path: Path, manifest: Manifest, run: Path) -> Line:
@@ -78,7 +80,7 @@ def _committed(ledger: Ledger, path: Path, manifest: Manifest, run: Path) -> Lin
     return Line(name_of(path, run.parent), state, stats.get("seconds"), stats.get("rows"), number)
 
 
-def _begun(run: Path) -> Iterator[Line]:
+def begun(run: Path) -> Iterator[Line]:
     """What is in the making, or was."""
     for scratch in sorted(run.rglob(f"{SCRATCH}*")):
         if not scratch.is_dir() or scratch.parent.name.startswith(SCRATCH):
@@ -109,7 +111,8 @@ def _missing(experiment: Experiment, there: set[str]) -> Iterator[Line]:
                 yield Line(f"eval/{number:04d}/labels", "missing")
 
 
-def _about(folder: Path, experiment: Experiment) -> Iterator[str]:
+def about(folder: Path, experiment: Experiment) -> Iterator[str]:
+    """The run as a whole: recipe, how far it is, who is at it, what is promoted."""
     done = len([path for path in folder.glob("[0-9][0-9][0-9][0-9]/policy") if path.is_dir()])
     origin = "" if experiment.fork is None else f", forked from {experiment.fork.run} at {experiment.fork.at}"
     first = 0 if experiment.fork is None else experiment.fork.at

@@ -1,38 +1,20 @@
 """The tables that the README prints and the command line shows: from the code, never written by hand."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 
+from flows.sheets import Sheet
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ExperimentError
+from pipeline.inspecting.names import EVERY, names
 from pipeline.stage import Stage
 
 STAGES = (
     "ingest", "sft", "rollout", "ask", "rank", "reward", "label", "score", "advantage", "value", "update", "perplexity",
 )  # fmt: skip
 """In the order in which data passes them."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table for people."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def transposed(self) -> "Sheet":
-        """Rows as columns: for tables of a few rows with many numbers."""
-        header, *rows = zip(self.header, *self.rows, strict=True)
-        return Sheet(self.title, header, tuple(rows))
-
-    def markdown(self) -> str:
-        """As a Markdown table."""
-        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def load_stage(name: str) -> Stage:
@@ -73,6 +55,18 @@ def contract_sheet(contract: Contract) -> Sheet:
         for f in contract.fields
     )
     return Sheet(f"{contract.name} (version {contract.version})", ("column", "type", "null", "unit", "meaning"), rows)
+
+
+def metrics_sheet() -> Sheet:
+    """What stages measure, and what TRL and verl call the same number."""
+    rows = tuple(
+        (
+            row.name, "all" if EVERY in row.kinds else ", ".join(row.kinds), row.unit, row.meaning, row.trl or "",
+            row.verl or "", row.differs or "",
+        )
+        for row in names()
+    )  # fmt: skip
+    return Sheet("metrics", ("name", "measured for", "unit", "meaning", "TRL", "verl", "almost the same"), rows)
 
 
 def contracts_markdown() -> str:

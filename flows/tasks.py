@@ -18,8 +18,9 @@ from prefect.settings import PREFECT_API_URL
 from prefect.task_engine import TaskRunTimeoutError
 
 from flows import pictures
-from flows.run import Run, name_of
+from flows.run import Run
 from pipeline.artifacts import Artifact
+from pipeline.catalog import name_of
 from pipeline.errors import BusyError, EngineError, ExperimentError, GraderError, PipelineError
 from pipeline.experiment import Resources
 from pipeline.launch import launch

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from flows.lineage import Ledger
-from flows.run import EXPERIMENT_FILE, name_of
 from pipeline.artifacts import MANIFEST, SCRATCH, Artifact, digest_of
+from pipeline.catalog import EXPERIMENT_FILE, name_of
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.settings import read_toml
 

@@ -78,6 +78,17 @@ def without_none(value: Any) -> Any:
     return value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def explain(error: ValidationError, prefix: str = "") -> str:
     """One line per fault of a pydantic error: dotted place, what is wrong, the value found."""
     lines = []

@@ -42,7 +42,7 @@ from pipeline.errors import ArtifactError, BusyError, ExperimentError, InputErro
 from pipeline.experiment import Experiment
 from pipeline.locks import PAUSE
 from pipeline.metrics import console
-from pipeline.settings import Settings, explain, override
+from pipeline.settings import Settings, explain, flat, override
 
 FILES: Final = "files"
 """Marks an input that is files from outside rather than an artifact."""
@@ -222,7 +222,7 @@ class Stage:
                 yield f"{name}="
             elif name in present and (experiment is None or name in changes.read or _plain(before) != present[name]):
                 yield f"{name}={_as_toml(present[name])}"
-                yield from (f"{place}=" for place, value in _flat({name: values[name]}).items() if value is None)
+                yield from (f"{place}=" for place, value in flat({name: values[name]}).items() if value is None)
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
@@ -298,7 +298,7 @@ class Stage:
     def _difference(self, there: Manifest, settings: StageSettings, opened: "Opened") -> str:
         if (there.stage, there.version) != (self.name, self.version):
             return f"stage {there.stage} version {there.version} -> {self.name} version {self.version}"
-        old, new = _flat(there.settings), _flat(settings.model_dump(mode="json"))
+        old, new = flat(there.settings), flat(settings.model_dump(mode="json"))
         changed = [
             f"{self.name}.{k}: {old.get(k)!r} -> {new.get(k)!r}"
             for k in sorted({*old, *new})
@@ -420,16 +420,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _as_toml(value: Any) -> str:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.run import artifacts_of
 from pipeline.artifacts import METRICS_FILE, Artifact
+from pipeline.catalog import artifacts_of
 
 SMALL = (
     "data.world.terms=[2,2]", "data.world.largest=60", "data.demonstrations.count=1000", "data.prompts.count=100",

@@ -4,7 +4,8 @@ import pytest
 
 from flows.execute import walk
 from flows.forking import fork
-from flows.run import Run, artifacts_of
+from flows.run import Run
+from pipeline.catalog import artifacts_of
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.experiment import Experiment
 

@@ -9,7 +9,8 @@ import pytest
 from flows import gates
 from flows.execute import walk
 from flows.gates import GATES, look, worst
-from flows.run import Run, artifacts_of
+from flows.run import Run
+from pipeline.catalog import artifacts_of
 from pipeline.contracts import CONTRACTS
 from pipeline.errors import GateError
 from pipeline.experiment import Experiment, Gates

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.hacking import Parting, Point, averaged, draw, gate, parted, picture, point, points_of, watched
-from flows.run import EXPERIMENT_FILE
 from pipeline.artifacts import Artifact, InputRecord, Outbox
+from pipeline.catalog import EXPERIMENT_FILE
 from pipeline.contracts import PROMPTS, ROLLOUTS, SCORES
 from pipeline.errors import ArtifactError, GateError
 from pipeline.experiment import Gates

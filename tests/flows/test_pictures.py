@@ -9,8 +9,9 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import pictures
-from flows.run import Run, gather_metrics, look_up
+from flows.run import Run, look_up
 from pipeline.artifacts import Artifact
+from pipeline.catalog import gather_metrics
 from pipeline.experiment import Experiment
 
 

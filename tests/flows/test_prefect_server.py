@@ -8,9 +8,9 @@ from itertools import pairwise
 import psutil
 import pytest
 
-from flows.run import artifacts_of
 from flows.tables import STAGES, load_stage
 from pipeline.artifacts import MANIFEST, Artifact
+from pipeline.catalog import artifacts_of
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 

@@ -11,9 +11,10 @@ import pytest
 
 from flows import compare
 from flows.execute import check, walk
-from flows.run import Run, artifacts_of, gather_metrics
+from flows.run import Run
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
+from pipeline.catalog import artifacts_of, gather_metrics
 from pipeline.contracts import METRICS
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint

@@ -7,10 +7,11 @@ import pytest
 from flows.execute import walk
 from flows.prune import prune
 from flows.redo import redo, refresh
-from flows.run import EXPERIMENT_FILE, REPLACED, Run, artifacts_of, look_up
+from flows.run import Run, look_up
 from flows.status import status
 from flows.verifying import verified
 from pipeline.artifacts import PRUNED, Artifact
+from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of
 from pipeline.errors import ArtifactError, BusyError, ExperimentError, PipelineError
 from pipeline.experiment import Experiment
 from pipeline.locks import held

@@ -16,8 +16,8 @@ from flows.results import (
     WIN_RATE,
     table,
 )
-from flows.run import EXPERIMENT_FILE
 from pipeline.artifacts import InputRecord, Outbox
+from pipeline.catalog import EXPERIMENT_FILE
 from pipeline.contracts import LABELS, PERPLEXITIES, ROLLOUTS, SCORES
 from pipeline.errors import ArtifactError
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from flows.run import artifacts_of
 from flows.tables import load_stage
 from pipeline.artifacts import METRICS_FILE, Artifact, Manifest
+from pipeline.catalog import artifacts_of
 from pipeline.contracts import CONTRACTS, METRICS
 from pipeline.settings import override
 

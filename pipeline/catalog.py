@@ -1,0 +1,161 @@
+"""What lies in a run: its artifacts, where in the run each belongs, and what they were made of. Manifests are read.
+
+runs/NAME/                     a run: it has an experiment.toml
+    0003/labels-0              loop, iteration 3
+    0003/labels-0.lenient      the same, redone beside it as the variant `lenient`
+    eval/0003/labels           evaluation of the policy that iteration 3 began with
+    sft, pretraining/critic    foundations; what recipes share lies in a directory of its own: runs/base/prompts
+    relabeled/NAME/0003/labels-0    the same, labelled again as the variant NAME: the run does not go by it
+    compare/                   other recipes' credit for the same rollouts: nor by that
+    .replaced/                 what was made again in its place
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.artifacts import MANIFEST, METRICS_FILE, SCRATCH, Artifact, InputRecord
+from pipeline.contracts import METRICS
+from pipeline.errors import ArtifactError
+
+EXPERIMENT_FILE = "experiment.toml"
+REPLACED = ".replaced"
+"""Directory of a run in which artifacts lie that were made again in their place."""
+COMPARE = "compare"
+"""Directory of a run with what `rlhf compare` made."""
+RELABELED = "relabeled"
+"""Directory of a run with what `rlhf relabel` made, a directory for each name."""
+
+Phase = Literal["foundations", "loop", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An artifact and its place in a run."""
+
+    artifact: Artifact
+    run: str
+    """Name of the directory: of the run, or of what recipes share."""
+    phase: Phase
+    iteration: int | None
+    stage: str
+    """Name of its directory, e.g. `labels-0`."""
+    variant: str | None
+    """The name under which it was redone or labelled again beside another; None: the run goes by it."""
+
+    @property
+    def kind(self) -> str:
+        """Name of its contract."""
+        return self.artifact.manifest.kind
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "Entry":
+        """Tell the place from where the artifact lies."""
+        path = artifact.path.absolute()
+        above = path.parent
+        stage, _, variant = path.name.partition(".")
+        phase: Phase = "loop" if re.fullmatch(r"\d{4,}", above.name) else "foundations"
+        iteration = int(above.name) if phase == "loop" else None
+        run = above.parent if phase == "loop" else above
+        if phase == "loop" and run.name == "eval":
+            phase, run = "evaluation", run.parent
+        if run.parent.name == RELABELED:
+            variant, run = run.name, run.parent.parent
+        if (run.parent / EXPERIMENT_FILE).is_file():
+            run = run.parent
+        return cls(artifact, run.name, phase, iteration, stage, variant or None)
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raise `ArtifactError` for a folder that is no run."""
+    if not (folder / EXPERIMENT_FILE).is_file():
+        raise ArtifactError(f"not a run: it has no {EXPERIMENT_FILE}", str(folder), "`rlhf run EXPERIMENT` makes one")
+
+
+def find_runs(patterns: Iterable[str | Path]) -> list[Path]:
+    """The runs that are meant: a run, a directory of runs, or a pattern such as `runs/*`, each run once.
+
+    Raises `ArtifactError` for a path that is none of them, and for a pattern that no run answers to.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in map(str, patterns):
+        path = Path(pattern)
+        places = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        runs = [place for place in places if (place / EXPERIMENT_FILE).is_file()]
+        if not runs and path.is_dir():
+            runs = sorted(file.parent for file in path.glob(f"*/{EXPERIMENT_FILE}"))
+        if not runs and path.exists():
+            refuse_no_run(path)
+        if not runs:
+            raise ArtifactError("no run there", pattern, "`rlhf run EXPERIMENT` makes one")
+        found |= {run.resolve(): run for run in runs if run.resolve() not in found}
+    return list(found.values())
+
+
+def name_of(path: Path, root: Path) -> str:
+    """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
+    return "/".join(path.relative_to(root).parts[1:])
+
+
+def is_redone(path: Path, of: str | None = None) -> bool:
+    """Whether the name is that of an artifact made again beside another: `labels-0.lenient`."""
+    name, dot, _ = path.name.partition(".")
+    return bool(dot) and (of is None or name == of)
+
+
+def manifests(root: Path) -> Iterator[Path]:
+    """Of everything below `root` that is committed and in its place."""
+    for path in root.rglob(MANIFEST):
+        if not any(part.startswith(SCRATCH) or part == REPLACED for part in path.relative_to(root).parts):
+            yield path
+
+
+def is_aside(path: Path) -> bool:
+    """Whether something lies in a place that no run goes by: what `rlhf compare` and `rlhf relabel` made."""
+    return COMPARE in path.parts or RELABELED in path.parts
+
+
+def artifacts_of(folder: Path) -> list[Artifact]:
+    """Every artifact that a run goes by, in the order of its making."""
+    found = (one for one in _committed(folder) if not is_redone(one.path))
+    return [one for one in found if not is_aside(one.path.relative_to(folder))]
+
+
+def _committed(folder: Path) -> list[Artifact]:
+    """What a run has made, in the order of its making; variants among it, other recipes' credit not."""
+    found = [path for path in manifests(folder) if COMPARE not in path.relative_to(folder).parts]
+    ordered = sorted(sorted(found), key=lambda path: path.stat().st_mtime_ns)
+    return [Artifact.open(path.parent) for path in ordered]
+
+
+def catalog(runs: Sequence[Path]) -> list[Entry]:
+    """Every artifact of these runs, redone ones among them, and all that they were made of where that still lies."""
+    found = {one.path.resolve(): one for run in runs for one in _committed(run)}
+    waiting = list(found.values())
+    roots = {run.resolve().parent for run in runs}
+    while waiting:
+        for records in waiting.pop().manifest.inputs.values():
+            for record in records:
+                place = lies_at(record, roots)
+                if place is not None and place not in found and (place / MANIFEST).exists():
+                    found[place] = Artifact.open(place)
+                    waiting.append(found[place])
+    return [Entry.of(one) for one in found.values()]
+
+
+def lies_at(record: InputRecord, roots: Iterable[Path]) -> Path | None:
+    """Where an input lies today: at its path, or in the same place below a root that was moved; None if gone."""
+    recorded = Path(record.path)
+    moved = (root / Path(*recorded.parts[start:]) for root in roots for start in range(1, len(recorded.parts)))
+    return next((path.resolve() for path in (recorded, *moved) if path.exists()), None)
+
+
+def gather_metrics(folder: Path) -> pa.Table:
+    """The metrics of all artifacts of a run."""
+    files = [artifact.path / METRICS_FILE for artifact in artifacts_of(folder)]
+    return pa.concat_tables([METRICS.schema().empty_table(), *(pq.read_table(path) for path in files if path.exists())])
