@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
+from pipeline.cards import CARD, card
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 from pipeline.locks import holder, this_process
@@ -51,7 +52,7 @@ PRUNED = "PRUNED"
 SCRATCH = ".part-"
 """How the names of scratch directories begin."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
-_ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED})
+_ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED, CARD})
 _ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
 
 
@@ -233,7 +234,7 @@ def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
             f"name a Hugging Face model directory, or a `{contract.name}` artifact of a run",
         )
     _refuse_another_kind(path, contract)
-    files = _file_records(path)
+    files = _file_records(path, about=_ABOUT_THE_MAKING - {CARD})  # its card is not ours
     digest = digest_of(files)
     return Manifest(
         kind=contract.name, contract=contract.version, stage="elsewhere", version=0, fingerprint=digest,
@@ -295,10 +296,12 @@ def _hash_of(path: Path) -> str:
     return _hashed[key]
 
 
-def _file_records(directory: Path, without: Path | None = None) -> dict[str, FileRecord]:
+def _file_records(
+    directory: Path, without: Path | None = None, about: frozenset[str] = _ABOUT_THE_MAKING
+) -> dict[str, FileRecord]:
     paths = [path for path in directory.rglob("*") if path.is_file() and without not in path.parents]
     names = sorted(path.relative_to(directory).as_posix() for path in paths)
-    return {name: file_record(directory / name) for name in names if name not in _ABOUT_THE_MAKING}
+    return {name: file_record(directory / name) for name in names if name not in about}
 
 
 def place_of(path: Path) -> tuple[str, int | None]:
@@ -430,9 +433,12 @@ class Outbox:
             fingerprint=self.fingerprint, digest=digest_of(files), settings=self.settings, inputs=self.inputs,
             files=files, stats=self.stats, made=_circumstances(),
         )  # fmt: skip
+        schema = pq.read_schema(self._part(0)) if self.contract.is_table else None
+        about = card(manifest.model_dump(mode="json"), self.contract, schema, self.target.name)
+        (self.path / CARD).write_text(about, encoding="utf-8")
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*(self.path / name for name in files), temporary):
+        for path in (*(self.path / name for name in (*files, CARD)), temporary):
             flush(path)
         temporary.rename(self.path / MANIFEST)
         shutil.rmtree(self.working)  # not before: the manifest knows the parts as well

@@ -32,6 +32,7 @@ from pipeline.sources.rows import (
     question_of,
     refuse_broken_text,
     short_hash,
+    spoken,
 )
 from pipeline.stage import FILES, StageSettings, stage
 from pipeline.text import Chat
@@ -90,14 +91,18 @@ class Inputs:
     tokenizer: Annotated[Artifact | None, POLICY] = None
 
 
+WIDTH = {"sample": 32, "seed": 64}
+"""Bits of a column."""
+
+
 def as_rollouts(row: Mapping[str, Any], chat: Chat) -> list[Row]:
     """Rows of the rollouts contract, without `sample`: one response or a list of them, tokenized here once."""
     messages = question_of(row)
-    given = row.get("response")
-    responses = given if isinstance(given, list) else [given]
+    given = spoken(row.get("response"))
+    responses = [spoken(one) for one in given] if isinstance(given, list) else [given]
     if not responses or not all(isinstance(text, str) and text for text in responses):
         raise UnfitRowError("no response, or an empty one")
-    asked = {"prompt_id": identity(messages), "prompt_tokens": row.get("prompt_tokens") or chat.prompt_tokens(messages)}
+    asked = {**_key(row, messages), "prompt_tokens": row.get("prompt_tokens") or chat.prompt_tokens(messages)}
     _refuse_strange(asked["prompt_tokens"], chat)
     tokens, logprobs = (
         _per_response(row.get(name), len(responses)) for name in ("response_tokens", "sampler_logprobs")
@@ -107,9 +112,26 @@ def as_rollouts(row: Mapping[str, Any], chat: Chat) -> list[Row]:
     if len(finishes) != len(responses):
         raise UnfitRowError(f"{len(finishes)} times finish for {len(responses)} responses")
     return [
-        {**asked, **_response(text, ids, logs, end, chat)}
+        {**_response(text, ids, logs, end, chat), **asked}
         for text, ids, logs, end in zip(responses, tokens, logprobs, finishes, strict=True)
     ]
+
+
+def _key(row: Mapping[str, Any], messages: Sequence[Row]) -> Row:
+    """What the row says of itself where it was exported from here: its draw of the prompt, `sample` and `seed`.
+
+    Other data have ids of their own; ours is a hash of the prompt.
+    """
+    prompt_id, known = identity(messages), row.get("prompt_id")
+    if not isinstance(known, str) or known.partition("#")[0] != prompt_id:
+        return {"prompt_id": prompt_id}
+    told = {name: row.get(name) for name in ("sample", "seed")}
+    return {"prompt_id": known, **{name: value for name, value in told.items() if is_whole(value, WIDTH[name])}}
+
+
+def is_whole(value: Any, bits: int) -> bool:
+    """Whether it is a whole number that a column of so many bits holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
 
 
 def _response(text: str, ids: Any, logprobs: Any, finish: Any, chat: Chat) -> Row:
@@ -164,6 +186,7 @@ COLUMNS = {
     ),
     "rollouts": (
         "messages", "prompt", "response", "finish", "prompt_tokens", "response_tokens", "sampler_logprobs", "source",
+        "prompt_id", "sample", "seed",
     ),
 }  # fmt: skip
 NEEDS: dict[str, Sequence[tuple[str, ...]]] = {
@@ -171,9 +194,13 @@ NEEDS: dict[str, Sequence[tuple[str, ...]]] = {
     "demonstrations": [("messages",), ("prompt",)],
     "documents": [("text",)],
     "rankings": [shape.needs for shape in preferences.SHAPES],
-    "rollouts": [("response",)],
+    "rollouts": [("messages", "response"), ("prompt", "response")],
 }
 """The columns of one of these must be there."""
+RENDERED = (
+    "`input` of verl's dumps is the prompt as a chat template wrote it, from which its turns cannot be told: add a "
+    "column `prompt` with the messages; or, if it is one plain turn of the user, say --set columns.prompt=input"
+)
 UNIQUE = {"prompts": "prompt_id", "documents": "document_id", "rankings": "ranking_id"}
 """Contracts in which a row may stand once only."""
 
@@ -187,8 +214,9 @@ def refuse_misfit(first: RawRow, settings: Settings) -> None:
     if not any(all(name in found for name in needs) for needs in NEEDS[settings.kind]):
         accepted = " or ".join(" + ".join(needs) for needs in NEEDS[settings.kind])
         raise InputError(
-            f"no column for {accepted}; found {', '.join(first.values) or 'none'}", first.where, how_to_name(settings)
-        )
+            f"no column for {accepted}; found {', '.join(first.values) or 'none'}", first.where,
+            RENDERED if {"input", "output"} <= first.values.keys() else how_to_name(settings),
+        )  # fmt: skip
 
 
 def how_to_name(settings: Settings) -> str:
@@ -303,11 +331,20 @@ def _split(settings: Settings) -> arithmetic.Split:
 
 
 def grouped(rows: Sequence[Row]) -> list[Row]:
-    """Rollouts with the responses to one prompt together, numbered from 0 in the order of the file."""
+    """Rollouts with the responses to one prompt together.
+
+    They keep the numbers they came with where those tell them apart, and are else numbered from 0 in the file's order.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["prompt_id"], []).append(row)
-    return [{**row, "sample": sample} for group in groups.values() for sample, row in enumerate(group)]
+    return [row for group in groups.values() for row in _numbered(group)]
+
+
+def _numbered(group: Sequence[Row]) -> list[Row]:
+    if len({row["sample"] for row in group if "sample" in row}) == len(group):
+        return list(group)
+    return [{**row, "sample": sample} for sample, row in enumerate(group)]
 
 
 @stage(writes=(PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS), version=1)
@@ -361,7 +398,7 @@ def parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     start = 0
     while start < len(rows):
         end = min(start + size, len(rows))
-        while end < len(rows) and "sample" in rows[end] and rows[end]["sample"] > 0:
+        while end < len(rows) and "sample" in rows[end] and rows[end]["prompt_id"] == rows[end - 1]["prompt_id"]:
             end += 1
         yield rows[start:end]
         start = end

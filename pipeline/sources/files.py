@@ -48,6 +48,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "prompt_tokens": ("prompt_tokens", "prompt_ids", "prompt_token_ids"),
     "response_tokens": ("response_tokens", "response_ids", "completion_ids", "token_ids"),
     "sampler_logprobs": ("sampler_logprobs", "logprobs", "rollout_log_probs", "generation_logprobs"),
+    "prompt_id": ("prompt_id",),
+    "sample": ("sample",),
+    "seed": ("seed",),
 }  # fmt: skip
 """Our name -> the names it goes by in the wild, the first found wins."""
 

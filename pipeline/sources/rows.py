@@ -104,6 +104,18 @@ def turn(part: Any) -> Row:
     return {"role": role, "content": content}
 
 
+def is_turns(value: Any) -> bool:
+    """Whether it is a list of turns, as conversational data have them, and not of texts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "role" in part for part in value)
+
+
+def spoken(value: Any) -> Any:
+    """What the assistant said, where it is given as its one turn: `[{"role": "assistant", "content": "Hi."}]`."""
+    if is_turns(value) and len(value) == 1 and value[0]["role"] == "assistant":
+        return value[0].get("content")
+    return value
+
+
 def identity(messages: Sequence[Mapping[str, str]]) -> str:
     """prompt_id: first 16 hex digits of sha256 over the canonical JSON of the messages."""
     canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
@@ -136,13 +148,17 @@ def as_prompt(row: Mapping[str, Any], grader: str) -> Row:
 
 
 def as_demonstration(row: Mapping[str, Any]) -> Row:
-    """A row of the demonstrations contract: messages, or a prompt with a response (or a worked answer)."""
+    """A row of the demonstrations contract: messages, or a prompt with a response (or a worked answer).
+
+    The response is a text, or turns that end with the assistant's.
+    """
     messages = messages_of(row)
     if messages[-1]["role"] != "assistant":
         reply = row.get("response") if row.get("response") is not None else row.get("answer")
-        if not isinstance(reply, str) or not reply.strip():
+        said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) and reply.strip() else reply
+        if not isinstance(said, list) or not is_turns(said) or said[-1]["role"] != "assistant":
             raise UnfitRowError("no turn of the assistant to imitate")
-        messages = [*messages, {"role": "assistant", "content": reply}]
+        messages = [*messages, *map(turn, said)]
     return {"prompt_id": identity(messages[:-1]), "messages": messages, "source": row["source"]}
 
 

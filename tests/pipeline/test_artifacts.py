@@ -459,7 +459,9 @@ def test_a_writer_killed_at_any_point_leaves_all_or_nothing_and_the_next_one_fin
     killed = [story for story in stories if story["status"] == 9]
     assert len(killed) > 20
     assert {story["finished"] for story in killed} >= set(range(5))
-    files = sorted([f"part-{i:05d}.parquet" for i in range(4)] + ["manifest.json", "metrics.parquet", "log.txt"])
+    files = sorted(
+        [f"part-{i:05d}.parquet" for i in range(4)] + ["README.md", "manifest.json", "metrics.parquet", "log.txt"]
+    )
     for story in stories:
         assert story["fine"] and story["again"] == 0 and story["kept"], story
         assert story["files"] == files and story["left"] == [], story

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import exchange
 from pipeline.artifacts import Artifact
 from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, PROMPTS, RANKINGS, ROLLOUTS
 from pipeline.errors import ArtifactError, ExperimentError, InputError
@@ -622,3 +623,135 @@ def test_the_command_does_the_same(ingested, jsonl, tmp_path):
 
 def test_every_contract_of_ingest_is_covered_here():
     assert set(ingest.writes) == {PROMPTS, DEMONSTRATIONS, DOCUMENTS, RANKINGS, ROLLOUTS}
+
+
+# There and back -------------------------------------------------------------------------------------------------------
+
+WAYS = [(to, suffix) for to in ("verl", "trl") for suffix in (".jsonl", ".parquet")]
+
+
+@pytest.fixture
+def back(ingested, tmp_path):
+    """An artifact after `rlhf export` and `ingest`."""
+
+    def take(artifact, to, suffix, **settings):
+        file = tmp_path / f"{artifact.manifest.kind}{suffix}"
+        exchange.write(exchange.exported(artifact, to), file)
+        return ingested(file, **{"kind": artifact.manifest.kind, **settings})
+
+    return take
+
+
+@pytest.mark.parametrize(("to", "suffix"), WAYS)
+def test_prompts_and_demonstrations_come_back_as_they_were(back, prompts, demonstrations, to, suffix):
+    again = back(prompts, to, suffix, grader="exact")
+    assert again.table().equals(prompts.table())
+    again = back(demonstrations, to, suffix, out="again")
+    assert again.table().equals(demonstrations.table())
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_documents_come_back_as_they_were(back, made_of, tmp_path, suffix):
+    documents = made_of(tmp_path / "documents", "documents", 20)
+    assert back(documents, "trl", suffix).table().equals(documents.table())
+
+
+def pairs_of(rankings):
+    """What rankings say: prompt, better, worse, annotator, margin."""
+    found = []
+    for row in rankings.table().to_pylist():
+        ratings = row.get("ratings") or [0] * len(row["ranks"])
+        judged = list(zip(row["ranks"], row["responses"], ratings, strict=True))
+        found += [
+            (row["prompt_id"], better, worse, row["annotator"], high - low, row["source"])
+            for rank, better, high in judged
+            for lower, worse, low in judged
+            if rank < lower
+        ]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("to", "suffix"), WAYS)
+def test_rankings_come_back_as_the_pairs_that_they_imply(back, ingested, jsonl, to, suffix):
+    talk = [*user("Hi"), {"role": "assistant", "content": "Yes?"}, *user("Who?")]
+    rankings = ingested(
+        jsonl(
+            {"prompt": "Who?", "responses": ["x", "y", "z"], "ranks": [1, 0, 0], "annotator": "anna", "source": "s"},
+            {"messages": talk, "responses": ["x", "y"], "ranks": [1, 0], "annotator": "ben", "source": "t"},
+            {"messages": talk, "responses": ["x", "y"], "ranks": [0, 1], "annotator": "anna", "source": "t"},
+        ),
+        kind="rankings", out="rankings",
+    )  # fmt: skip
+    again = back(rankings, to, suffix)
+    assert len(pairs_of(rankings)) == again.stats["rows"] == 4
+    assert pairs_of(again) == pairs_of(rankings)
+
+
+def test_differences_of_ratings_come_back_as_margins(back, ingested, jsonl):
+    row = {"prompt": "Who?", "responses": ["x", "y", "z"], "ratings": [1.5, 4.0, -2.0], "annotator": "a", "source": "s"}
+    rankings = ingested(jsonl(row), kind="rankings", out="rankings")
+    assert pairs_of(back(rankings, "trl", ".parquet")) == pairs_of(rankings)
+
+
+@pytest.mark.parametrize(("to", "suffix"), WAYS)
+def test_responses_come_back_with_keys_tokens_and_texts(back, rollouts, labels, policy, sound, to, suffix):
+    again = back(rollouts, to, suffix, tokenizer=policy.path)
+    sound(again)
+    assert again.table().equals(rollouts.table())
+
+
+@pytest.mark.parametrize("to", ["verl", "trl"])
+def test_a_second_draw_and_a_greedy_response_keep_their_numbers(ingested, jsonl, tokenizer, to):
+    prompt_id = identity(user("Hi"))
+    sides = {
+        "verl": {"input": "user Hi", "output": "Yo", "gts": None, "score": 1.0, "step": 0, "prompt": user("Hi")},
+        "trl": {"step": 0, "prompt": user("Hi"), "completion": [{"role": "assistant", "content": "Yo"}]},
+    }
+    keys = [(f"{prompt_id}#1", 3), (prompt_id, 0), (prompt_id, -1), (f"{prompt_id}#1", -1)]
+    rows = [{**sides[to], "prompt_id": name, "sample": sample, "seed": 5} for name, sample in keys]
+    made = ingested(jsonl(*rows), kind="rollouts", tokenizer=tokenizer).table().to_pylist()
+    assert [(row["prompt_id"], row["sample"]) for row in made] == [keys[0], keys[3], keys[1], keys[2]]
+    assert {(row["response"], row["seed"]) for row in made} == {("Yo", 5)}
+
+
+@pytest.mark.parametrize("strange", [True, 2**40, "0", 0.5, None])
+def test_numbers_that_are_none_are_given_anew(ingested, jsonl, tokenizer, strange):
+    row = {"prompt": "Hi", "response": "Yo", "prompt_id": identity(user("Hi")), "sample": strange}
+    made = ingested(jsonl(row, row), kind="rollouts", tokenizer=tokenizer).table().to_pylist()
+    assert [row["sample"] for row in made] == [0, 1]
+
+
+def test_ids_of_others_are_not_taken_for_ours(ingested, jsonl, tokenizer):
+    row = {"prompt": "Hi", "response": "Yo", "prompt_id": "their-7", "sample": 9, "seed": 4}
+    made = ingested(jsonl(row), kind="rollouts", tokenizer=tokenizer).table().to_pylist()
+    assert [(row["prompt_id"], row["sample"], row["seed"]) for row in made] == [(identity(user("Hi")), 0, 0)]
+
+
+def test_the_same_rows_twice_are_numbered_anew(ingested, jsonl, tokenizer):
+    row = {"prompt": "Hi", "response": "Yo", "prompt_id": identity(user("Hi")), "sample": 2}
+    made = ingested(jsonl(row, row), kind="rollouts", tokenizer=tokenizer).table().to_pylist()
+    assert [row["sample"] for row in made] == [0, 1]
+
+
+def test_a_dump_of_verls_own_is_refused_because_its_turns_are_gone(ingested, jsonl, tokenizer):
+    dump = jsonl({"input": "user\nHi\nassistant\n", "output": "Yo", "gts": "Yo", "score": 1.0, "step": 3})
+    with pytest.raises(InputError, match=r"no column for messages \+ response or prompt \+ response") as refusal:
+        ingested(dump, kind="rollouts", tokenizer=tokenizer)
+    assert "as a chat template wrote it" in refusal.value.do
+    made = ingested(dump, kind="rollouts", tokenizer=tokenizer, columns={"prompt": "input"})
+    assert made.table()["response"].to_pylist() == ["Yo"]
+
+
+def test_a_completion_of_several_turns_is_imitated_whole(ingested, jsonl):
+    said = [{"role": "assistant", "content": "Who?"}, *user("Me"), {"role": "assistant", "content": "Oh"}]
+    made = ingested(
+        jsonl({"prompt": user("Hi"), "completion": said}, {"prompt": user("Hi"), "completion": said[:2]}),
+        kind="demonstrations",
+    )
+    assert made.table()["messages"].to_pylist() == [[*user("Hi"), *said]]
+    assert [row["reason"] for row in rejected(made)] == ["no turn of the assistant to imitate"]
+
+
+def test_a_part_never_cuts_through_a_group_that_begins_with_a_greedy_response():
+    rows = [{"prompt_id": name, "sample": sample} for name in "ab" for sample in (-1, 0, 1)]
+    assert [len(part) for part in parts(rows, 1)] == [3, 3]
