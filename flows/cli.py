@@ -151,11 +151,108 @@ def show(
     path: Annotated[Path, typer.Argument(help="An artifact.")],
     rows: Annotated[int, typer.Option(help="Sample rows to print.", min=0)] = 5,
     where: Annotated[str | None, typer.Option(help='SQL condition, e.g. "reward < 0".')] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Responses token by token, numbers as colour.")] = False,
+    column: Annotated[str | None, typer.Option(help="Which number of each token; all that are there: absent.")] = None,
+    html: Annotated[Path | None, typer.Option(help="With --tokens: write a page instead.")] = None,
 ) -> None:
-    """An artifact: manifest, columns with their meaning, statistics, sample rows."""
+    """An artifact: manifest, columns with their meaning, statistics, sample rows; or responses token by token."""
+    if tokens:
+        from flows import heat
+
+        heat.show(path, rows, where, column, html)
+    else:
+        from flows import looking
+
+        looking.show(path, rows, where)
+
+
+@app.command()
+def sql(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN... [SQL]", help="Runs, directories of runs, patterns; the statement comes last."),
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="A named query instead; `rlhf sql` alone lists them.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A=B", help="A setting of the query.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to print.", min=1)] = 40,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="All rows into a .parquet, .csv or .jsonl.")] = None,
+) -> None:
+    """SQL over the datasets of runs (views: prompts, rollouts, labels, responses, metrics, ...), or a named query."""
+    from flows import looking
+
+    looking.sql(runs or [], query, changes or [], rows, out)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="An artifact or a run.")],
+    b: Annotated[Path, typer.Argument(help="Another one of the same kind.")],
+    rows: Annotated[int, typer.Option(help="Changed rows to print.", min=0)] = 5,
+) -> None:
+    """Two artifacts or two runs: settings, statistics, rows that differ."""
+    from flows.differing import diff as differences
+
+    differences(a, b, rows)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, directories of runs, patterns.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; RUN/report.html when absent.")] = None,
+) -> None:
+    """One HTML page that opens offline: curves, distributions, every chosen response, lineage, settings, cost."""
+    from flows.reporting import report as write
+
+    write(runs, out)
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """A run in the terminal while it goes on: curves, the last iterations, who is at it, time left. Ctrl-C ends it."""
+    from flows.watching import watch as look
+
+    look(folder, every, once=once)
+
+
+@app.command()
+def relabel(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    iteration: Annotated[int, typer.Option(help="Whose stored rollouts.", min=0)],
+    name: Annotated[str, typer.Option("--as", help="Name of the new labels: they lie beside the old ones.")],
+    label: Annotated[str | None, typer.Option(help="Another labeler, e.g. majority_vote.")] = None,
+    grader: Annotated[str | None, typer.Option(help="Another grader of the answers, e.g. math.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Labeler and filters of another recipe.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting.")] = None,
+) -> None:
+    """Label stored rollouts again, beside the old labels, and show what it changes."""
+    from flows.relabeling import relabel as again
+    from pipeline.metrics import console
+
+    again(folder, iteration, name, label, grader, recipe, changes or [], console.line)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="Prompts, demonstrations, documents, rankings, rollouts or labels.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .jsonl or .parquet.")],
+    to: Annotated[str, typer.Option(help="Whose rows: verl or trl.")],
+) -> None:
+    """A dataset as the rows that verl or TRL read."""
+    from flows.exporting import export as write
+
+    write(path, to, out)
+
+
+@app.command()
+def metrics() -> None:
+    """What stages measure, and what TRL and verl call it."""
     from flows import reports
 
-    reports.show(path, rows, where)
+    reports.metrics()
 
 
 @app.command()

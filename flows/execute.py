@@ -95,6 +95,20 @@ def _flow_run_name() -> str:
     return str(given["name"] or Path(given["experiment"]).stem)
 
 
+def _tell(run: Run, number: int) -> None:
+    """Show an iteration that is done to whoever looks from outside."""
+    pictures.show(run, number)
+    _track(run)
+
+
+def _track(run: Run) -> None:
+    """Bring the event files up to date, where they are wanted."""
+    if run.experiment.tracking.tensorboard:
+        from pipeline.inspecting import tensorboard
+
+        tensorboard.write(run.folder, run.experiment.tracking.names)
+
+
 @flow(name="run", flow_run_name=_flow_run_name)
 def run_experiment(
     experiment: str,
@@ -112,7 +126,7 @@ def run_experiment(
     """
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
     finished(resolved, Path(root))  # a place taken by another computation is told before anything is written
-    run = Run(resolved, Path(root), as_task, console.line, settle, pictures.show)
+    run = Run(resolved, Path(root), as_task, console.line, settle, _tell)
     with run.held(wait=wait):
         run.write_experiment()
         console.line(
@@ -123,4 +137,5 @@ def run_experiment(
         finally:  # what a run that stopped has measured is to be seen as well
             write_metrics(run.folder)
             hacking.draw([run.folder])
+            _track(run)
     return str(outcome.policy.path)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.algorithms.recipe import Recipe
 from pipeline.errors import ExperimentError
+from pipeline.inspecting.names import Names
 from pipeline.settings import Settings, explain, override, plain_name, read_toml, without_none
 
 PlainName = Annotated[str, AfterValidator(plain_name)]
@@ -261,6 +262,15 @@ class Promotion(Settings):
     """How long a run in Prefect pauses for that word; afterwards it goes on, and the policy is not promoted yet."""
 
 
+class Tracking(Settings):
+    """Where numbers go besides the run's own files."""
+
+    tensorboard: bool = False
+    """Write event files into `RUN/tensorboard` after every iteration."""
+    names: Names = "house"
+    """What metrics are called there: as here, or as TRL or verl call them where they have the same (`rlhf metrics`)."""
+
+
 class Fork(Settings):
     """Where a run branches off another."""
 
@@ -330,6 +340,8 @@ class Experiment(Settings):
     """What a run has to measure up to in order to go on."""
     promotion: Promotion = Promotion()
     """Which policy `RUN/promoted` points to."""
+    tracking: Tracking = Tracking()
+    """Where numbers go besides the run's own files."""
     fork: Fork | None = None
     """Where this run branches off another; it starts from scratch when absent."""
     resources: Resources = Resources()

@@ -55,6 +55,8 @@ class Settings(StageSettings):
     """Recipe lines of the filter shelf; a row trains if all of them keep it."""
     room: int | None = Field(None, ge=0)
     """Groups still wanted this iteration; all when absent. Groups beyond it stay, marked `surplus group`."""
+    grader: str | None = None
+    """Takes the place of the grader that each prompt names; theirs when absent."""
     grader_seconds: float = Field(5.0, gt=0)
     """One answer's grading is killed after this time; the row is then dropped, not punished."""
     seed: int = 0
@@ -338,7 +340,8 @@ def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Reward every response; decide which rows train, and say why not."""
     labeler = LABELERS.take(settings.label)
     filters = [FILTERS.take(line) for line in settings.filter]
-    prompts = {row["prompt_id"]: row for row in inputs.prompts.table().to_pylist()}
+    instead = {} if settings.grader is None else {"grader": settings.grader}
+    prompts = {row["prompt_id"]: {**row, **instead} for row in inputs.prompts.table().to_pylist()}
     judged_by_model = "reward_scores" in labeler.needs
     if judged_by_model and inputs.judgements is None:
         raise InputError(f"label {labeler.name!r} needs reward_scores, and there are no judgements", do=SCORE_FIRST)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import reports
+from flows import looking, reports
 from flows.lineage import Ledger, tree
-from flows.run import artifacts_of
 from flows.status import status
 from flows.verifying import leftovers, verified
 from pipeline.artifacts import MANIFEST, PRUNED, SCRATCH, Artifact
+from pipeline.catalog import artifacts_of
 from pipeline.errors import ArtifactError, ExperimentError
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, root):
 def test_what_is_typed_to_select_rows_reads_and_writes_nothing_else(root, tmp_path, condition, capsys):
     bait = tmp_path / "bait"
     with pytest.raises(ExperimentError, match=r"cannot select|one condition is wanted") as caught:
-        reports.show(root / "dapo" / "0000" / "labels-0", 2, condition.format(bait=bait))
+        looking.show(root / "dapo" / "0000" / "labels-0", 2, condition.format(bait=bait))
     assert caught.value.exit_code == 2 and not bait.exists()
     assert "root:" not in capsys.readouterr().out
 

@@ -1,0 +1,45 @@
+"""`rlhf report`: writes the page of one run or of several."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from flows.promotion import PROMOTED
+from pipeline.catalog import find_runs
+from pipeline.errors import ExperimentError, StorageError
+
+REPORT = "report.html"
+
+
+def report(runs: Sequence[str], out: Path | None) -> None:
+    """Build the page, write it whole or not at all, print where it lies and its size.
+
+    Of one run it lies in its directory, of several beside that of the first. Raises `ArtifactError` where there is no
+    run, `ExperimentError` for a place that no file can have, `StorageError` where it cannot be written.
+    """
+    from pipeline.inspecting.page import build
+
+    folders = find_runs(runs)
+    if not folders:
+        raise ExperimentError("no run is named", do="rlhf report runs/arithmetic")
+    file = out or (folders[0] / REPORT if len(folders) == 1 else folders[0].parent / REPORT)
+    if file.is_dir():
+        raise ExperimentError("a directory, not a file", f"-o {file}", f"rlhf report ... -o {file / REPORT}")
+    promoted = {run: str(link.readlink()) for run in folders if (link := run / PROMOTED).is_symlink()}
+    text = build(folders, promoted)
+    _write(file, text)
+    sys.stdout.write(f"{file}  {file.stat().st_size / 1e6:,.1f} MB\n")
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"cannot write: {error.strerror}", str(file), "name another place with -o") from error
