@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 import tomli_w
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -160,15 +163,20 @@ def queries_sheet() -> Sheet:
 
 
 def _print(found: pa.Table, rows: int) -> None:
+    """As a table; row by row where the terminal is too narrow for one."""
     if not found.num_rows:
         out.print("no rows")
         return
-    table = Table()
-    for name in found.column_names:
-        table.add_column(Text(name), overflow="fold")
-    for row in found.slice(0, rows).to_pylist():
+    shown = found.slice(0, rows).to_pylist()
+    table = Table(*(escape(printable(n)) for n in found.column_names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in shown:
         table.add_row(*(_cell(value) for value in row.values()))
-    out.print(table)
+    if Measurement.get(out, out.options.update(max_width=10**6), table).maximum <= out.width:
+        out.print(table)
+    else:
+        for row in shown:
+            told = [Text.assemble((name, "dim"), " ", _cell(value)) for name, value in row.items() if value is not None]
+            out.print(Text("  ").join(told), "", sep="\n")
     if found.num_rows > rows:
         out.print(f"{rows} of {found.num_rows} rows: --rows {found.num_rows} shows all, -o FILE keeps them")
 

@@ -18,6 +18,9 @@ from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 
+WIDE = 160
+"""Characters of a terminal from which on `rlhf metrics` is a table."""
+
 REMARKS = 5
 """Artifacts that `rlhf verify` names one by one where they are stale or pruned."""
 
@@ -187,4 +190,13 @@ def verify(path: Path) -> bool:
 
 def metrics() -> None:
     """`rlhf metrics`: what stages measure, and what TRL and verl call it."""
-    print_sheet(metrics_sheet())
+    sheet = metrics_sheet()
+    if out.width >= WIDE:
+        print_sheet(sheet)
+        return
+    for name, kinds, unit, meaning, trl, verl, almost in sheet.rows:
+        elsewhere = [
+            f"{whose} {theirs}" for whose, theirs in (("TRL", trl), ("verl", verl), ("almost:", almost)) if theirs
+        ]
+        told = (f"{name} [{unit}]" if unit else name, f"of {kinds}: {meaning}", *elsewhere)
+        out.print("\n  ".join(told), markup=False, highlight=False)

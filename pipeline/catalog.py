@@ -31,6 +31,10 @@ COMPARE = "compare"
 RELABELED = "relabeled"
 """Directory of a run with what `rlhf relabel` made, a directory for each name."""
 
+ROLES = {"candidates": "rollouts", "judgements": "scores"}
+"""What is made for something else than the others of its contract: responses to be ranked; what a reward model says
+before the labels are made. An iteration may have both beside its rollouts and scores."""
+
 Phase = Literal["foundations", "loop", "evaluation"]
 
 
@@ -50,8 +54,9 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """Name of its contract."""
-        return self.artifact.manifest.kind
+        """Name of its contract, or what it is to the run where that says more: see `ROLES`."""
+        role = self.stage.partition("-")[0]
+        return role if ROLES.get(role) == self.artifact.manifest.kind else self.artifact.manifest.kind
 
     @classmethod
     def of(cls, artifact: Artifact) -> "Entry":

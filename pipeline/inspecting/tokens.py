@@ -15,10 +15,13 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import MANIFEST, Artifact
 from pipeline.catalog import is_redone, lies_at
 from pipeline.contracts import ADVANTAGES, LABELS, ROLLOUTS, SCORES
 from pipeline.errors import ArtifactError
+
+SPEAK = (SCORES.name, LABELS.name, ADVANTAGES.name)
+"""Kinds that say something of a response."""
 
 Key = tuple[str, int]
 """(prompt_id, sample)."""
@@ -123,16 +126,15 @@ def _rows(artifact: Artifact, keys: Sequence[Key] | None, limit: int | None) -> 
 
 
 def beside(rollouts: Artifact) -> list[Artifact]:
-    """What the run goes by of the same iteration that has the same keys."""
-    turn = rollouts.path.name.partition("-")[2]
+    """What the run has made of these responses in the same iteration and goes by: judgements, labels, credit."""
     found = []
     for path in sorted(rollouts.path.absolute().parent.iterdir()):
-        name, _, number = path.name.partition("-")
-        fits = number in ("", turn) and not path.name.startswith(".") and not is_redone(path)
-        if fits and name in ("judgements", "scores", "labels", "advantages") and (path / "manifest.json").exists():
-            found.append(Artifact.open(path))
-    kinds = (SCORES.name, LABELS.name, ADVANTAGES.name)
-    return [one for one in found if one.manifest.kind in kinds]
+        if (path / MANIFEST).is_file() and not path.name.startswith(".") and not is_redone(path):
+            one = Artifact.open(path)
+            made_of = {record.digest for record in one.manifest.inputs.get("rollouts", ())}
+            if one.manifest.kind in SPEAK and rollouts.manifest.digest in made_of:
+                found.append(one)
+    return found
 
 
 def rollouts_of(path: Path) -> list[Path]:

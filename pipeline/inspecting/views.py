@@ -1,6 +1,6 @@
 """SQL over the datasets of runs: DuckDB, straight on the Parquet files of their artifacts.
 
-    prompts rollouts labels scores judgements advantages rankings ...   a view for each kind of dataset: the columns of
+    prompts rollouts candidates labels judgements scores advantages ...   a view for each kind of dataset: the columns of
                               its contract (null where a run has not stored them) after run, phase, iteration, stage
     labels_redone ...         the same of artifacts redone or labelled again beside others, with the column variant
     metrics                   what every stage measured
@@ -18,12 +18,9 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.artifacts import METRICS_FILE
-from pipeline.catalog import Entry
+from pipeline.catalog import ROLES, Entry
 from pipeline.contracts import CONTRACTS, METRICS, Contract
 from pipeline.errors import ExperimentError
-
-JUDGEMENTS = "judgements"
-"""What a reward model said before the labels were made: of the kind `scores`, and a view of its own."""
 
 PLACE = ("run", "phase", "iteration", "stage")
 """Columns that every view begins with."""
@@ -116,8 +113,7 @@ class Views:
         files, places, artifacts = [], [], []
         for entry in entries:
             place = (entry.run, entry.phase, entry.iteration, entry.stage, entry.variant, entry.kind)
-            view = JUDGEMENTS if entry.stage.startswith(JUDGEMENTS) else entry.kind
-            named = [(str(path.absolute()), view, entry.variant is not None) for path in entry.artifact.part_paths()]
+            named = [(str(path.absolute()), entry.kind, entry.variant is not None) for path in entry.artifact.part_paths()]
             measured = entry.artifact.path.absolute() / METRICS_FILE
             if entry.variant is None and measured.exists():
                 named.append((str(measured), "metrics", False))
@@ -196,7 +192,7 @@ def _kinds() -> Iterator[tuple[str, Contract]]:
     for contract in CONTRACTS.values():
         if contract.is_table and contract.name != METRICS.name:
             yield contract.name, contract
-    yield JUDGEMENTS, CONTRACTS["scores"]
+    yield from ((role, CONTRACTS[kind]) for role, kind in ROLES.items())
 
 
 def _literal(text: str) -> str:

@@ -179,8 +179,8 @@ class Plant:
         return pa.ListArray.from_arrays(ends, values.ravel())
 
 
-def build(run: Path, file: Path) -> tuple[float, float]:
-    """Seconds of `rlhf report`, and the most memory of its process in gigabytes."""
+def build(run: Path, file: Path) -> tuple[float, float, float]:
+    """Seconds of `rlhf report`, those that a processor worked, and the most memory of its process in gigabytes."""
     words = [sys.executable, "-m", "flows.cli", "report", str(run), "-o", str(file)]
     started = time.monotonic()
     with subprocess.Popen(words, cwd=ROOT) as process:
@@ -188,7 +188,7 @@ def build(run: Path, file: Path) -> tuple[float, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"rlhf report ended with {process.returncode}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9
+    return time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
@@ -205,12 +205,13 @@ def main() -> None:
         if not run.exists():
             run = Plant(folder, shape).grow()
         file = folder / "report.html"
-        seconds, memory = build(run, file)
+        seconds, worked, memory = build(run, file)
         megabytes = file.stat().st_size / 1e6
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     told = {
         "responses": shape.iterations * shape.groups * shape.group_size, "tokens_each": shape.tokens,
-        "seconds": round(seconds, 2), "limit_seconds": SECONDS, "megabytes": round(megabytes, 2),
+        "seconds": round(seconds, 2), "limit_seconds": SECONDS,
+        "processor_seconds": round(worked, 2), "megabytes": round(megabytes, 2),
         "limit_megabytes": MEGABYTES, "peak_gigabytes": round(memory, 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit.stdout.strip(),
     }  # fmt: skip

@@ -65,7 +65,7 @@ def test_a_condition_that_is_none_is_refused(walked, condition):
 def test_a_statement_is_answered_over_several_runs(walked):
     runs = [walked("grpo").folder, walked("rloo").folder]
     shown = asked(*runs, "select run, count(*) as n from labels where phase = 'loop' group by all order by all")
-    assert [line.split()[1::2] for line in shown.splitlines() if "│" in line] == [["grpo", "72"], ["rloo", "72"]]
+    assert [line.split() for line in shown.splitlines()][-3:-1] == [["grpo", "72"], ["rloo", "72"]]
 
 
 def test_answers_are_kept_whole_in_a_file(walked, tmp_path):

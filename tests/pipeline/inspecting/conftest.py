@@ -92,6 +92,8 @@ def planted(tmp_path_factory) -> Planted:
             rows += here
             place = root / "run" / ("eval" if phase == "evaluation" else "") / f"{iteration:04d}"
             write_iteration(place, here, prompts, phase)
+    candidates = [{**{n: row[n] for n in names(ROLLOUTS)}, "response": "to be ranked"} for row in rows[:8]]
+    put(root / "run/0001/candidates", ROLLOUTS, candidates, {"prompts": [prompts.record()]})
     redone = [
         {name: row[name] for name in names(LABELS)} | {"verdict": "wrong", "reward": -1.0}
         for row in rows if (row["phase"], row["iteration"]) == ("loop", 1)

@@ -108,20 +108,22 @@ def iteration(tmp_path):
     policy = InputRecord(path="elsewhere/run/0000/policy", fingerprint="0" * 64, digest="0" * 64)
     rows = [rollout_row(tokenizer, "p", 0, "4"), rollout_row(tokenizer, "p", 1, "☃!")]
     rollouts = write(here, "rollouts-0", ROLLOUTS, rows, {"policy": [policy]})
-    write(here, "labels-0", LABELS, [label_row("p", 0, 1.0), label_row("p", 1, 0.0)])
+    made_of = {"rollouts": [rollouts.record()]}
+    write(here, "labels-0", LABELS, [label_row("p", 0, 1.0), label_row("p", 1, 0.0)], made_of)
+    write(here, "candidates", ROLLOUTS, [rollout_row(tokenizer, "p", 0, "5")], {"policy": [policy]})
     length = len(rows[0]["response_tokens"])
     scores = {
         "prompt_id": "p", "sample": 0, "old_logprobs": [-0.75] * length, "ref_logprobs": [-1.0] * length,
         "values": [0.25] * length,
     }  # fmt: skip
-    write(here, "scores", SCORES, [scores], {"rollouts": [rollouts.record()]})
+    write(here, "scores", SCORES, [scores], made_of)
     credit = {
         "prompt_id": "p", "sample": 0, "prompt_tokens": rows[0]["prompt_tokens"],
         "response_tokens": rows[0]["response_tokens"], "advantages": [1.5] * length, "returns": [1.0] * length,
         "old_logprobs": [-0.75] * length, "ref_logprobs": [-1.0] * length, "values": [0.25] * length, "reward": 1.0,
         "shaped_reward": 1.0, "correct": True, "finished": True,
     }  # fmt: skip
-    write(here, "advantages", ADVANTAGES, [credit], {"rollouts": [rollouts.record()]})
+    write(here, "advantages", ADVANTAGES, [credit], made_of)
     return here
 
 
@@ -136,6 +138,11 @@ def test_a_token_has_the_numbers_of_everything_that_lies_beside_it(iteration):
     assert trained.facts["finish"] == "stop"
     assert dropped.columns.keys() == {"logprobs"}
     assert dropped.facts["dropped"] == "constant outcomes"
+
+
+def test_candidates_of_the_same_iteration_have_numbers_of_their_own(iteration):
+    (one,) = read(iteration / "candidates")
+    assert one.pieces[0] == "5" and one.columns.keys() == {"logprobs"} and "reward" not in one.facts
 
 
 def test_responses_come_in_the_order_of_the_keys(iteration):

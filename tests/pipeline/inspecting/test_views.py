@@ -39,6 +39,12 @@ def test_rows_stand_where_their_files_lie(views, planted):
     ]
 
 
+def test_candidates_are_apart_from_the_rollouts_of_their_iteration(views):
+    assert frame(views.run("select iteration, count(*) as n from candidates group by all")).rows() == [(1, 8)]
+    found = frame(views.run("select count(*) as n from responses where response = 'to be ranked'"))
+    assert found.rows() == [(0,)]
+
+
 def test_redone_labels_are_apart_and_say_who_they_are(views):
     found = frame(views.run("select distinct iteration, stage, variant, verdict from labels_redone"))
     assert found.rows() == [(1, "labels-0", "strict", "wrong")]
@@ -92,11 +98,13 @@ def test_metrics_and_artifacts_are_there_with_their_place(views):
     rows = frame(
         views.run("select kind, count(*) as n from metrics where name = 'reward/mean' group by all order by all")
     )
-    assert dict(rows.rows()) == {"advantages": 3, "labels": 5, "prompts": 1, "rollouts": 5, "scores": 3}
+    assert dict(rows.rows()) == {
+        "advantages": 3, "candidates": 1, "labels": 5, "prompts": 1, "rollouts": 5, "scores": 3
+    }  # fmt: skip
     found = frame(views.run("select kind, variant, rows from artifacts where iteration = 1 order by all")).rows()
     assert found == [
-        ("advantages", None, 27), ("labels", "strict", 32), ("labels", None, 32), ("rollouts", None, 32),
-        ("scores", None, 32),
+        ("advantages", None, 27), ("candidates", None, 8), ("labels", "strict", 32), ("labels", None, 32),
+        ("rollouts", None, 32), ("scores", None, 32),
     ]  # fmt: skip
 
 
