@@ -7,7 +7,7 @@ columns    name -> one number per token, from whatever lies beside the response:
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,13 @@ def _column(name: str, row: Mapping[str, Any]) -> Sequence[float] | None:
 
 def _rows(artifact: Artifact, keys: Sequence[Key] | None, limit: int | None) -> list[dict[str, Any]]:
     """Rows with these keys, or the first; only these are taken into memory."""
-    with duckdb.connect() as connection:
-        rows = connection.read_parquet([str(path) for path in artifact.part_paths()], union_by_name=True)
-        if keys is None:
-            found = rows if limit is None else rows.limit(limit)
-        else:
-            columns = {"prompt_id": [key[0] for key in keys], "sample": pa.array([key[1] for key in keys], pa.int32())}
-            connection.register("wanted", pa.table(columns))
-            rows.create_view("rows")
-            found = connection.sql("select * from rows semi join wanted using (prompt_id, sample)")
-        there: list[dict[str, Any]] = found.to_arrow_table().to_pylist()
-        return there
+    rows = pl.scan_parquet([str(path) for path in artifact.part_paths()], glob=False)
+    if keys is None:
+        found = rows if limit is None else rows.head(limit)
+    else:
+        wanted = pl.LazyFrame(list(keys), schema={"prompt_id": pl.String, "sample": pl.Int32}, orient="row")
+        found = rows.join(wanted, on=["prompt_id", "sample"], how="semi", maintain_order="left")
+    return found.collect(engine="streaming").to_dicts()
 
 
 def beside(rollouts: Artifact) -> list[Artifact]:
@@ -197,14 +193,18 @@ class Cutter:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-@cache
 def _load(file: Path) -> Any:
-    from tokenizers import Tokenizer  # much lighter than transformers, and the same file
-
     try:
-        return Tokenizer.from_file(str(file))
+        return _parsed(file.read_bytes())
     except Exception as error:  # whatever Rust says of a file
         raise ArtifactError(f"unreadable tokenizer: {error}", str(file)) from error
+
+
+@lru_cache(maxsize=2)  # by content: every policy of a run has a copy of the same
+def _parsed(text: bytes) -> Any:
+    from tokenizers import Tokenizer  # much lighter than transformers, and the same file
+
+    return Tokenizer.from_buffer(text)
 
 
 def span(name: str, readings: Iterable[Reading]) -> tuple[float, float]:
