@@ -34,7 +34,7 @@ def run(
     """Run an experiment: foundations, loop, evaluation. Run it again to resume."""
     # Prefect's own lines would bury ours on the terminal; they still go to its server. It reads this on import.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from flows import execute, promotion, reports
+    from flows import execute, reports
     from flows.run import Outcome, Run, look_up
     from pipeline.experiment import Experiment
     from pipeline.metrics import console
@@ -45,7 +45,7 @@ def run(
         reports.plan(resolved, root, outcome)
         return
     if isinstance(outcome, Outcome):
-        promotion.settle(Run(resolved, root, look_up, console.line))
+        execute.settle_again(Run(resolved, root, look_up, console.line))
     else:
         execute.run_experiment(experiment, recipe, name, changes, str(root), wait=wait)
         outcome = execute.finished(resolved, root)

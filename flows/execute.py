@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow, runtime
 
-from flows import hacking, pictures
+from flows import hacking, pictures, reporting
 from flows.evaluate import evaluate
 from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, ranks_candidates
 from flows.forking import branch
@@ -101,6 +101,12 @@ def _tell(run: Run, number: int) -> None:
     _track(run)
 
 
+def settle_again(run: Run) -> None:
+    """What may still be wanted of a run that is done: another word on promotion, event files."""
+    settle(run)
+    _track(run)
+
+
 def _track(run: Run) -> None:
     """Bring the event files up to date, where they are wanted."""
     if run.experiment.tracking.tensorboard:
@@ -138,4 +144,6 @@ def run_experiment(
             write_metrics(run.folder)
             hacking.draw([run.folder])
             _track(run)
+        if outcome.policy.path == run.iteration(resolved.scale.iterations - 1) / "policy":
+            reporting.write([run.folder])
     return str(outcome.policy.path)

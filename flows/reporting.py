@@ -14,23 +14,31 @@ REPORT = "report.html"
 
 
 def report(runs: Sequence[str], out: Path | None) -> None:
-    """Build the page, write it whole or not at all, print where it lies and its size.
+    """Build the page, write it, print where it lies and its size.
 
-    Of one run it lies in its directory, of several beside that of the first. Raises `ArtifactError` where there is no
-    run, `ExperimentError` for a place that no file can have, `StorageError` where it cannot be written.
+    Raises `ArtifactError` where there is no run, and what `write` raises.
     """
-    from pipeline.inspecting.page import build
-
     folders = find_runs(runs)
     if not folders:
         raise ExperimentError("no run is named", do="rlhf report runs/arithmetic")
+    file = write(folders, out)
+    sys.stdout.write(f"{file}  {file.stat().st_size / 1e6:,.1f} MB\n")
+
+
+def write(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Build the page of these runs and write it, whole or not at all; returns its path.
+
+    Of one run it lies in its directory, of several beside that of the first. Raises `ExperimentError` for a place that
+    no file can have, `StorageError` where it cannot be written.
+    """
+    from pipeline.inspecting.page import build
+
     file = out or (folders[0] / REPORT if len(folders) == 1 else folders[0].parent / REPORT)
     if file.is_dir():
         raise ExperimentError("a directory, not a file", f"-o {file}", f"rlhf report ... -o {file / REPORT}")
     promoted = {run: str(link.readlink()) for run in folders if (link := run / PROMOTED).is_symlink()}
-    text = build(folders, promoted)
-    _write(file, text)
-    sys.stdout.write(f"{file}  {file.stat().st_size / 1e6:,.1f} MB\n")
+    _write(file, build(folders, promoted))
+    return file
 
 
 def _write(file: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from flows.promotion import PROMOTED
+from flows.reporting import REPORT
 from flows.run import MissingError, Outcome
 from flows.sheets import out, print_sheet
 from flows.tables import contract_sheet, metrics_sheet, recipes_sheet, stages_sheet
@@ -41,6 +42,8 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
         lines += [f"held-out accuracy before: {before}", f"held-out accuracy after:  {after}"]
     if (promoted := folder / PROMOTED).is_symlink():
         lines.append(f"promoted: {promoted} -> {promoted.readlink()}")
+    if (page := folder / REPORT).exists():
+        lines.append(f"report: {page}")
     rlhf, elsewhere = _command(), "" if root == Path("runs") else f" --root {root}"
     other = next(name for name in Recipe.names() if name != experiment.recipe.name)
     lines += [
@@ -49,7 +52,8 @@ def summary(asked: str, experiment: Experiment, root: Path, outcome: Outcome | M
         "next:",
         f"  {rlhf} status {folder}",
         f"  {rlhf} results {folder}",
-        f'  {rlhf} show {folder}/0000/labels-0 --where "reward < 1"',
+        f"  {rlhf} sql {folder} --query flipped",
+        f'  {rlhf} show {folder}/0000/labels-0 --tokens --where "reward < 1"',
         f"  {rlhf} run {asked} --recipe {other} --name {experiment.name}-{other}{elsewhere}",
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -69,6 +69,12 @@ def metrics_sheet() -> Sheet:
     return Sheet("metrics", ("name", "measured for", "unit", "meaning", "TRL", "verl", "almost the same"), rows)
 
 
+def aliases_sheet() -> Sheet:
+    """The metrics of which TRL or verl have the same number under another name."""
+    sheet = metrics_sheet()
+    return Sheet("aliases", sheet.header, tuple(row for row in sheet.rows if row[4] or row[5]))
+
+
 def contracts_markdown() -> str:
     """All contracts as the README shows them."""
     parts = [

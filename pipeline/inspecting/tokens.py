@@ -11,9 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
-import pyarrow as pa
+import polars as pl
 
 from pipeline.artifacts import MANIFEST, Artifact
 from pipeline.catalog import is_redone, lies_at
@@ -118,7 +117,8 @@ def _rows(artifact: Artifact, keys: Sequence[Key] | None, limit: int | None) -> 
     else:
         wanted = pl.LazyFrame(list(keys), schema={"prompt_id": pl.String, "sample": pl.Int32}, orient="row")
         found = rows.join(wanted, on=["prompt_id", "sample"], how="semi", maintain_order="left")
-    return found.collect(engine="streaming").to_dicts()
+    there: list[dict[str, Any]] = found.collect(engine="streaming").to_dicts()
+    return there
 
 
 def beside(rollouts: Artifact) -> list[Artifact]:

@@ -1,7 +1,7 @@
 """SQL over the datasets of runs: DuckDB, straight on the Parquet files of their artifacts.
 
-    prompts rollouts candidates labels judgements scores advantages ...   a view for each kind of dataset: the columns of
-                              its contract (null where a run has not stored them) after run, phase, iteration, stage
+    prompts rollouts labels ...   a view for each kind of dataset: the columns of its contract (null where a run has not
+                              stored them) after run, phase, iteration, stage
     labels_redone ...         the same of artifacts redone or labelled again beside others, with the column variant
     metrics                   what every stage measured
     artifacts                 a row for each artifact, from its manifest
@@ -113,7 +113,9 @@ class Views:
         files, places, artifacts = [], [], []
         for entry in entries:
             place = (entry.run, entry.phase, entry.iteration, entry.stage, entry.variant, entry.kind)
-            named = [(str(path.absolute()), entry.kind, entry.variant is not None) for path in entry.artifact.part_paths()]
+            named = [
+                (str(path.absolute()), entry.kind, entry.variant is not None) for path in entry.artifact.part_paths()
+            ]
             measured = entry.artifact.path.absolute() / METRICS_FILE
             if entry.variant is None and measured.exists():
                 named.append((str(measured), "metrics", False))

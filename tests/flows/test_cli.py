@@ -82,8 +82,9 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("words", "said"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_wrong_requests(desk, words, said):
+    before = sorted(desk.folder.glob("runs/*/*"))
     assert said in desk.refusal("run", *words)
-    assert not list(desk.folder.glob("runs/*/sft"))
+    assert sorted(desk.folder.glob("runs/*/*")) == before
 
 
 def rows(path, *lines):

@@ -32,8 +32,8 @@ def test_the_last_lines_say_accuracy_place_and_what_to_type_next(finished):
     assert lines[1].startswith("held-out accuracy after:  0.")
     assert "the run lies in runs/small" in lines
     commands = [line.split() for line in lines if line.startswith("  rlhf ")]
-    assert len(commands) == 4
-    for words in commands[:3]:
+    assert len(commands) == 5
+    for words in commands[:4]:
         desk.rlhf(*shlex.split(" ".join(words[1:])))
 
 

@@ -27,6 +27,7 @@ def between(name: str) -> str:
         ("stages", lambda: tables.stages_sheet().markdown()),
         ("recipes", lambda: tables.recipes_sheet().markdown()),
         ("contracts", tables.contracts_markdown),
+        ("aliases", lambda: tables.aliases_sheet().markdown()),
     ],
 )
 def test_tables_equal_what_the_code_prints(name, printed):
