@@ -93,7 +93,7 @@ def _numbered(one: Reading, name: str) -> Text:
 def _style(value: float, ends: tuple[float, float]) -> Style:
     red, green, blue = colour(value, *ends)
     dark = red + green + blue < 390
-    return Style(color="white" if dark else "black", bgcolor=f"rgb({red},{green},{blue})")
+    return Style(color="rgb(255,255,255)" if dark else "rgb(0,0,0)", bgcolor=f"rgb({red},{green},{blue})")
 
 
 def _write(

@@ -211,7 +211,7 @@ def span(name: str, readings: Iterable[Reading]) -> tuple[float, float]:
     """Ends of a column's colour scale over these responses: symmetric around 0 where its sign means something."""
     values = np.array([value for one in readings for value in one.columns.get(name, ())], dtype=float)
     values = values[np.isfinite(values)]
-    if not len(values):
+    if not np.any(values):
         return (0.0, 0.0)
     if COLUMNS[name].signed:
         most = float(np.abs(values).max())
