@@ -87,7 +87,7 @@ CURVES = (
     Curve("speed of training", "tokens/s", "Of the policy; dotted: of the critic.",
           _loop("policy:speed/tokens_per_second"), _loop("critic:speed/tokens_per_second"), lack="no update yet"),
     Curve("reward model's score", "reward", "Mean over the responses that were judged.",
-          _loop("scores:reward_scores/mean")),
+          _loop("judgements:reward_scores/mean", "scores:reward_scores/mean")),
     Curve("vote entropy", "nat", "Of the answers of a group that vote.", _loop("labels:vote/entropy")),
     Curve("right majorities", "share of groups", "Groups whose majority answer is right by the reference.",
           _loop("labels:vote/label_accuracy")),

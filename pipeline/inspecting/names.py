@@ -12,6 +12,9 @@ from pipeline.settings import Settings
 Names = Literal["house", "trl", "verl"]
 EVERY = "*"
 """Of kinds: all of them."""
+SAME = {"judgements": "scores"}
+"""Kinds that measure what others do, and never beside them. Candidates measure what rollouts do, in one iteration with
+them: they have no aliases, and their tags begin with their kind."""
 
 
 class Name(Settings):
@@ -34,7 +37,7 @@ class Name(Settings):
 
     def fits(self, name: str, kind: str) -> bool:
         """Whether this is the row of a metric."""
-        return (kind in self.kinds or EVERY in self.kinds) and fnmatchcase(name, self.name)
+        return (SAME.get(kind, kind) in self.kinds or EVERY in self.kinds) and fnmatchcase(name, self.name)
 
 
 @cache
@@ -61,4 +64,4 @@ def alias(name: str, kind: str, whose: Names) -> str | None:
 def tag(name: str, kind: str) -> str:
     """What to call a metric where those of all kinds stand side by side: with its kind where others have it, too."""
     kinds = [other for other in CONTRACTS if look_up(name, other) is not None]
-    return name if kinds == [kind] else f"{kind}/{name}"
+    return name if kinds == [SAME.get(kind, kind)] else f"{kind}/{name}"

@@ -5,7 +5,7 @@ Read from manifests and `experiment.toml`; the only rows read here are the label
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipeline.catalog import EXPERIMENT_FILE, Entry, catalog
 from pipeline.contracts import LABELS
 from pipeline.errors import ExperimentError
 from pipeline.grading.measures import clustered
+from pipeline.settings import flat
 
 Z = 1.959964
 """Of a two-sided interval of 95 %."""
@@ -205,14 +206,6 @@ def _name(folder: Path, names: Mapping[str, int]) -> str:
 
 def differences(several: Sequence[Subject]) -> list[dict[str, Any]]:
     """What the experiments of several runs do not have in common: a setting, and its value in each (null: absent)."""
-    flat = [dict(_leaves(one.experiment)) for one in several]
-    every = {key: [one.get(key) for one in flat] for key in dict.fromkeys(key for one in flat for key in one)}
+    settings = [flat(one.experiment) for one in several]
+    every = {key: [one.get(key) for one in settings] for key in dict.fromkeys(key for one in settings for key in one)}
     return [{"setting": key, "values": values} for key, values in every.items() if len(set(map(repr, values))) > 1]
-
-
-def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

@@ -113,6 +113,8 @@ def test_a_name_of_theirs_is_of_a_row_of_one_kind():
         ("verdict/wrong", "labels", "verdict/wrong"),
         ("rejected/too_few", "questions", "questions/rejected/too_few"),
         ("brand/new", "labels", "labels/brand/new"),
+        ("length/mean", "candidates", "candidates/length/mean"),
+        ("reward_scores/mean", "judgements", "reward_scores/mean"),
     ],
 )
 def test_a_tag_has_its_kind_where_several_kinds_have_such_a_number(name, kind, expected):
@@ -125,6 +127,8 @@ def test_theirs_is_taken_by_kind():
     assert alias("grad/norm", "critic", "verl") == "critic/grad_norm"
     assert alias("grad/norm", "critic", "house") is None
     assert alias("brand/new", "labels", "trl") is None
+    assert alias("reward_scores/mean", "judgements", "trl") == "objective/scores"
+    assert alias("length/mean", "candidates", "trl") is None
 
 
 def test_the_table_is_one_line_for_each_meaning():
