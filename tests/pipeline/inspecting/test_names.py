@@ -114,7 +114,7 @@ def test_a_name_of_theirs_is_of_a_row_of_one_kind():
         ("rejected/too_few", "questions", "questions/rejected/too_few"),
         ("brand/new", "labels", "labels/brand/new"),
         ("length/mean", "candidates", "candidates/length/mean"),
-        ("reward_scores/mean", "judgements", "reward_scores/mean"),
+        ("reward_scores/mean", "judgements", "judgements/reward_scores/mean"),
     ],
 )
 def test_a_tag_has_its_kind_where_several_kinds_have_such_a_number(name, kind, expected):
