@@ -5,6 +5,7 @@ name (`labels-0.lenient`), or is stale itself. An input that is gone or pruned m
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -39,6 +40,7 @@ class Ledger:
     manifests: dict[Path, Manifest]
     """By the resolved path of the artifact, in the order of their making."""
     _standings: dict[Path, Standing] = field(default_factory=dict)
+    _places: dict[str, Path | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: Path) -> Self:
@@ -61,11 +63,13 @@ class Ledger:
 
     def place(self, record: InputRecord) -> Path | None:
         """Where an input lies today; None if gone."""
-        return lies_at(record, [self.root])
+        if record.path not in self._places:
+            self._places[record.path] = lies_at(record, [self.root])
+        return self._places[record.path]
 
     def standing(self, path: Path) -> Standing:
         """Whether the artifact at `path` is what its inputs would give today."""
-        here = path.resolve()
+        here = path if path in self.manifests else path.resolve()
         if here not in self._standings:
             self._standings[here] = self._standing(here)
         return self._standings[here]
@@ -95,12 +99,21 @@ class Ledger:
 
     def inputs(self, path: Path) -> list[InputRecord]:
         """What an artifact was made of."""
-        manifest = self.manifests.get(path.resolve()) or Manifest.read(path)
+        manifest = self.manifests.get(path) or self.manifests.get(path.resolve()) or Manifest.read(path)
         return [record for records in manifest.inputs.values() for record in records]
 
     def redone(self, path: Path) -> list[Path]:
         """What lies beside an artifact as the same made again with changes."""
-        return [other for other in self.manifests if other.parent == path.parent and is_redone(other, path.name)]
+        return [other for other in self._redone.get(path.parent, ()) if is_redone(other, path.name)]
+
+    @cached_property
+    def _redone(self) -> dict[Path, list[Path]]:
+        """Directory -> the artifacts in it that were made again beside others."""
+        found: dict[Path, list[Path]] = {}
+        for path in self.manifests:
+            if is_redone(path):
+                found.setdefault(path.parent, []).append(path)
+        return found
 
     def downstream(self, path: Path) -> list[Path]:
         """Everything that was made of an artifact, directly or not, in the order of making."""
