@@ -160,6 +160,8 @@ def show(
         from flows import heat
 
         heat.show(path, rows, where, column, html)
+    elif column is not None or html is not None:
+        raise typer.BadParameter("--column and --html go with --tokens")
     else:
         from flows import looking
 

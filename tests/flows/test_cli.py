@@ -208,3 +208,8 @@ def test_the_summary_of_a_run_can_be_had_again_as_a_table(finished):
     said = desk.rlhf("results", "runs/small").stdout
     assert "small, iteration 2" in said
     assert "win rate" in said
+
+
+def test_what_goes_with_tokens_is_refused_without_them(desk, walked):
+    labels = walked("grpo").iteration(0) / "labels-0"
+    assert "go with --tokens" in desk.refusal("show", str(labels), "--column", "advantages")
