@@ -113,7 +113,9 @@ def _keyed(connection: duckdb.DuckDBPyConnection, key: Sequence[str], columns: S
     (only_b,) = _one(connection, f"select count(*) from b anti join a using ({on})")  # noqa: S608
     per_column = {column: count for column, count in zip(others, each, strict=True) if count}
     pairs = "".join(f", a.{_quoted(column)}, b.{_quoted(column)}" for column in per_column)
-    most = " + ".join(f"({_differs(column)})::int" for column in per_column) or "0"
+    if not per_column:
+        return Rows(only_a, only_b, both, 0, {}, [])
+    most = " + ".join(f"({_differs(column)})::int" for column in per_column)
     found = connection.execute(
         f"select {on}{pairs} from a join b using ({on}) where {changed} order by {most} desc, {on} limit {int(shown)}"  # noqa: S608
     ).fetchall()

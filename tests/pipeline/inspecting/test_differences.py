@@ -7,7 +7,7 @@ from pipeline.artifacts import Outbox
 from pipeline.catalog import EXPERIMENT_FILE
 from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, LABELS, POLICY
 from pipeline.errors import ArtifactError
-from pipeline.inspecting.differences import difference, run_difference
+from pipeline.inspecting.differences import difference, row_difference, run_difference
 
 
 def put(path, contract, rows, settings=None, inputs=None, fingerprint="f"):
@@ -78,6 +78,11 @@ def test_the_same_bytes_have_no_rows_that_differ(tmp_path):
     found = difference(put(tmp_path / "a", DOCUMENTS, rows), put(tmp_path / "b", DOCUMENTS, rows))
     assert (found.rows, found.settings, found.stats) == (None, [], [])
     assert found.why == "nothing it was asked for"
+
+
+def test_tables_with_the_same_rows_differ_in_none(pair):
+    rows = row_difference(pair[0], pair[0], 5)
+    assert (rows.only_a, rows.only_b, rows.both, rows.changed, rows.columns, rows.first) == (0, 0, 4, 0, {}, [])
 
 
 def test_files_of_a_checkpoint_are_told_by_size_and_hash(tmp_path):
