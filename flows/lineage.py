@@ -47,8 +47,9 @@ class Ledger:
         """Read everything committed below `root`. Raises `ArtifactError` for a directory that is not there."""
         if not root.is_dir():
             raise ArtifactError("no such directory", str(root), "check the path")
-        found = sorted(manifests(root), key=lambda path: path.stat().st_mtime_ns)
-        return cls(root.resolve(), {path.parent.resolve(): Manifest.read(path.parent) for path in found})
+        here = root.resolve()
+        found = sorted(manifests(here), key=lambda path: path.stat().st_mtime_ns)
+        return cls(here, {path.parent: Manifest.read(path.parent) for path in found})
 
     @classmethod
     def around(cls, path: Path) -> Self:

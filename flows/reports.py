@@ -13,7 +13,7 @@ from flows.sheets import out, print_sheet
 from flows.tables import contract_sheet, metrics_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
-from pipeline.catalog import name_of
+from pipeline.catalog import name_of, scratches
 from pipeline.contracts import CONTRACTS
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
@@ -169,7 +169,7 @@ def lineage(path: Path, depth: int | None) -> None:
 
 def verify(path: Path) -> bool:
     """`rlhf verify PATH`: a line for every fault; whether there is none."""
-    from flows.verifying import leftovers, verified
+    from flows.verifying import verified
 
     count = bad = size = 0
     remarks: list[str] = []
@@ -185,7 +185,7 @@ def verify(path: Path) -> bool:
         out.print(remark, markup=False)
     if len(remarks) > REMARKS:
         out.print(f"and {len(remarks) - REMARKS} more that are stale or pruned: `rlhf status` lists them")
-    for scratch in leftovers(path):
+    for scratch in scratches(path):
         out.print(f"{scratch}: unfinished; the next run goes on with it", markup=False)
     told = f"{bad} of them are not as they were made" if bad else "all as they were made"
     out.print(f"{count} artifacts, {size / 1e6:,.1f} MB: {told}")

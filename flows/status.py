@@ -20,7 +20,7 @@ from flows.promotion import PROMOTED
 from flows.run import LOCK_FILE
 from flows.sheets import Sheet
 from pipeline.artifacts import SCRATCH, Manifest
-from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run
+from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run, scratches
 from pipeline.experiment import Experiment
 from pipeline.locks import holder, is_held
 
@@ -28,6 +28,8 @@ KEY_NUMBERS = ("accuracy/mean", "reward/mean", "accuracy/held_out", "kl/sampler"
 """The first that an artifact has stands beside it."""
 SHOWN_IN_FULL = 3
 """Iterations of which every artifact has a line; of longer runs the last two have."""
+LAST_WELL = 10
+"""Iterations before them that have a line each where there are more than twice as many; earlier ones share one."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ def _committed(ledger: Ledger, path: Path, manifest: Manifest, run: Path) -> Lin
 
 def begun(run: Path) -> Iterator[Line]:
     """What is in the making, or was."""
-    for scratch in sorted(run.rglob(f"{SCRATCH}*")):
-        if not scratch.is_dir() or scratch.parent.name.startswith(SCRATCH):
-            continue
+    for scratch in scratches(run):
         name = scratch.name.removeprefix(SCRATCH).rpartition("-")[0]
         running = is_held(scratch / "log.txt")
         parts = len(list(scratch.glob("part-*.parquet")))
@@ -142,7 +142,7 @@ def _order(name: str) -> tuple[int, str, int, str]:
 
 
 def _folded(lines: Sequence[Line]) -> Iterator[Line]:
-    """Old iterations in which all is well as one line each."""
+    """Old iterations in which all is well as one line each, those long ago as one line together."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.name.rpartition("/")[0], []).append(line)
@@ -150,20 +150,38 @@ def _folded(lines: Sequence[Line]) -> Iterator[Line]:
     with_work = [n for n in numbers if any(line.state != "missing" for line in groups[n])]
     full = set(numbers) if len(numbers) <= SHOWN_IN_FULL else set(with_work[-2:])
     waiting = [name for name in numbers if name not in with_work and name not in full]
+    well = [
+        name for name in numbers if name not in full and all(line.state in ("done", "pruned") for line in groups[name])
+    ]
+    long_ago = set(well[:-LAST_WELL]) if len(well) > 2 * LAST_WELL else set()
+    block: list[str] = []
     for name, group in groups.items():
+        if name in long_ago:
+            block.append(name)
+            continue
+        yield from _block(block, groups)
+        block = []
         if name in waiting:
             if name == waiting[0]:
                 until = "" if len(waiting) == 1 else f" to {waiting[-1]}"
                 yield Line(f"{name}{until}", "missing")
-        elif name in numbers and name not in full and all(line.state in ("done", "pruned") for line in group):
+        elif name in well:
             yield _one_line(name, group)
         else:
             yield from group
+    yield from _block(block, groups)
+
+
+def _block(names: Sequence[str], groups: Mapping[str, Sequence[Line]]) -> Iterator[Line]:
+    """Iterations after each other in which all is well, as one line."""
+    if names:
+        until = "" if len(names) == 1 else f" to {names[-1]}"
+        yield _one_line(f"{names[0]}{until}", [line for name in names for line in groups[name]])
 
 
 def _one_line(name: str, group: Sequence[Line]) -> Line:
     states: Mapping[str, int] = {state: sum(line.state == state for line in group) for state in ("done", "pruned")}
     state = ", ".join(f"{state} {count}" if count != len(group) else state for state, count in states.items() if count)
     rows = sum(line.rows or 0 for line in group if "/rollouts-" in line.name)
-    note = next((line.note for line in group if "/labels-" in line.name), "")
-    return Line(f"{name}/ ({len(group)} artifacts)", state, sum(line.seconds or 0 for line in group), rows, note)
+    note = next((line.note for line in reversed(group) if "/labels-" in line.name), "")
+    return Line(f"{name}/ ({len(group):,} artifacts)", state, sum(line.seconds or 0 for line in group), rows, note)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from flows.lineage import Ledger
-from pipeline.artifacts import MANIFEST, SCRATCH, Artifact, digest_of
+from pipeline.artifacts import MANIFEST, Artifact, digest_of
 from pipeline.catalog import EXPERIMENT_FILE, name_of
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.settings import read_toml
@@ -40,11 +40,6 @@ def verified(path: Path) -> Iterator[Verified]:
     around = Ledger.around(path)
     for place in ledger.manifests:
         yield _look(Artifact.open(place), around)
-
-
-def leftovers(path: Path) -> list[Path]:
-    """Scratch directories: of stages that run now, or that were interrupted and go on when they are run again."""
-    return sorted(place for place in path.rglob(f"{SCRATCH}*") if place.is_dir())
 
 
 def _look(artifact: Artifact, ledger: Ledger) -> Verified:

@@ -108,7 +108,7 @@ class Manifest(Settings):
     @classmethod
     def _stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
-            if name.startswith("/") or ".." in Path(name).parts:
+            if name.startswith("/") or ".." in name.split("/"):
                 raise ValueError(f"file {name!r} leads out of the artifact")
         return files
 

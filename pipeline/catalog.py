@@ -10,6 +10,7 @@ runs/NAME/                     a run: it has an experiment.toml
     .replaced/                 what was made again in its place
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,20 @@ def is_redone(path: Path, of: str | None = None) -> bool:
 
 def manifests(root: Path) -> Iterator[Path]:
     """Of everything below `root` that is committed and in its place."""
-    for path in root.rglob(MANIFEST):
-        if not any(part.startswith(SCRATCH) or part == REPLACED for part in path.relative_to(root).parts):
-            yield path
+    for folder, names, files in os.walk(root):
+        if MANIFEST in files:
+            names.clear()  # no artifact lies in another
+            yield Path(folder, MANIFEST)
+        names[:] = [name for name in names if name != REPLACED and not name.startswith(SCRATCH)]
+
+
+def scratches(root: Path) -> list[Path]:
+    """Scratch directories below `root`: of stages that run now, or that were interrupted and go on when run again."""
+    found = []
+    for folder, names, files in os.walk(root):
+        found += [Path(folder, name) for name in names if name.startswith(SCRATCH)]
+        names[:] = [] if MANIFEST in files else [name for name in names if not name.startswith(SCRATCH)]
+    return sorted(found)
 
 
 def is_aside(path: Path) -> bool:
