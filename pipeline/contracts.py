@@ -187,13 +187,16 @@ def _key_faults(table: pa.Table, contract: Contract) -> Iterator[Fault]:
 
 
 def _repeated_keys(table: pa.Table, key: tuple[str, ...]) -> Iterator[Fault]:
-    columns = [np.unique(_plain(table[name]), return_inverse=True)[1] for name in key]
-    _, inverse, counts = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True, return_counts=True)
-    yield Fault(key[0], f"key ({', '.join(key)}) is not unique", counts[inverse.reshape(-1)] > 1)
+    whole = np.zeros(table.num_rows, dtype=np.int64)
+    for name in key:  # numbered anew after each column: no product can overflow
+        codes = _codes(table[name])
+        whole = np.unique(whole * (codes.max(initial=0) + 1) + codes, return_inverse=True)[1]
+    counts = np.bincount(whole, minlength=1)
+    yield Fault(key[0], f"key ({', '.join(key)}) is not unique", counts[whole] > 1)
 
 
 def _scattered_groups(table: pa.Table, column: str) -> Iterator[Fault]:
-    values = _plain(table[column])
+    values = _codes(table[column])
     starts = np.ones(len(values), dtype=bool)
     starts[1:] = values[1:] != values[:-1]
     first_of_run = np.flatnonzero(starts)
@@ -201,6 +204,12 @@ def _scattered_groups(table: pa.Table, column: str) -> Iterator[Fault]:
     scattered = np.zeros(len(values), dtype=bool)
     scattered[first_of_run[first[counts > 1]]] = True
     yield Fault(column, "the rows of a group do not stand together", scattered)
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """A number >= 0 for each value, the same for equal values; nulls are equal to each other."""
+    encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    return np.asarray(encoded.indices.to_numpy(), dtype=np.int64)
 
 
 def _plain(column: pa.ChunkedArray) -> np.ndarray:

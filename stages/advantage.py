@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float
 
 from pipeline import ragged
@@ -28,6 +29,9 @@ from pipeline.training.explained import explained_variance
 
 Columns = dict[str, Any]
 PART_ROWS = 4096
+KEY = ["prompt_id", "sample"]
+READ = (*KEY, "prompt_tokens", "response_tokens", "finish")
+"""Columns of the rollouts."""
 GREEDY = -1
 """The `sample` of the greedy response."""
 
@@ -63,15 +67,21 @@ class Inputs:
     scores: Annotated[Artifact | None, SCORES] = None
 
 
-def joined(rollouts: Sequence[Artifact], labels: Sequence[Artifact], scores: Artifact | None) -> pa.Table:
+def joined(
+    rollouts: Sequence[Artifact], labels: Sequence[Artifact], scores: Artifact | None, *, sampler: bool = True
+) -> pa.Table:
     """One table of the kept rows: rollouts with their labels and, where there are any, their scores.
+
+    The `sampler`'s log-probabilities are as large as all else and may be left out. Columns that training does not read
+    are not read here.
 
     Column `greedy` is the reward of the greedy response to the same prompt, kept or not; null without one.
     Raises `ContractError` when keys do not match.
     """
     if len(rollouts) != len(labels):
         raise ContractError(f"{len(rollouts)} rollouts but {len(labels)} labels", do="name both once per round")
-    rounds = [_with_labels(a, b) for a, b in zip(rollouts, labels, strict=True)]
+    names = [*READ, *(["sampler_logprobs"] if sampler else [])]
+    rounds = [_with_labels(a, b, names) for a, b in zip(rollouts, labels, strict=True)]
     table = pa.concat_tables(rounds)
     if not table.num_rows:
         raise ContractError(
@@ -80,17 +90,23 @@ def joined(rollouts: Sequence[Artifact], labels: Sequence[Artifact], scores: Art
     return table if scores is None else _with_scores(table, scores)
 
 
-def _with_labels(rollouts: Artifact, labels: Artifact) -> pa.Table:
-    responses, marks = rollouts.table(), labels.table()
-    if responses.select(["prompt_id", "sample"]) != marks.select(["prompt_id", "sample"]):
+def _with_labels(rollouts: Artifact, labels: Artifact, names: list[str]) -> pa.Table:
+    responses, marks = rollouts.table(names), labels.table([*KEY, "reward", "correct", "keep"])
+    if responses.select(KEY) != marks.select(KEY):
         raise ContractError("the labels are of other rollouts", f"{labels.path} and {rollouts.path}")
     for name in ("reward", "correct", "keep"):
         responses = responses.append_column(name, marks[name])
-    keys = list(zip(marks["prompt_id"].to_pylist(), marks["sample"].to_pylist(), strict=True))
-    rewards = marks["reward"].to_pylist()
-    greedy = {prompt_id: reward for (prompt_id, sample), reward in zip(keys, rewards, strict=True) if sample == GREEDY}
-    told = pa.array([greedy.get(prompt_id) for prompt_id, _ in keys], pa.float32())
-    return responses.append_column("greedy", told).filter(marks["keep"]).replace_schema_metadata(None)
+    responses = responses.append_column("greedy", _greedy_rewards(marks))
+    return responses.filter(marks["keep"]).replace_schema_metadata(None)
+
+
+def _greedy_rewards(marks: pa.Table) -> pa.Array:
+    """The reward of the greedy response to each row's prompt; null where there is none."""
+    rows = marks.filter(pc.equal(marks["sample"], GREEDY))
+    if not rows.num_rows:
+        return pa.nulls(marks.num_rows, pa.float32())
+    greedy = dict(zip(rows["prompt_id"].to_pylist(), rows["reward"].to_pylist(), strict=True))
+    return pa.array([greedy.get(prompt_id) for prompt_id in marks["prompt_id"].to_pylist()], pa.float32())
 
 
 def _with_scores(table: pa.Table, scores: Artifact) -> pa.Table:
@@ -119,8 +135,8 @@ def columns_of(table: pa.Table) -> Columns:
     mask = ragged.mask_of(ragged.lengths(table["response_tokens"]))
     columns: Columns = {
         "mask": mask,
-        "group": np.unique(np.asarray(table["prompt_id"].to_pylist()), return_inverse=True)[1],
-        "finished": np.asarray([finish == "stop" for finish in table["finish"].to_pylist()]),
+        "group": np.asarray(table["prompt_id"].combine_chunks().dictionary_encode().indices, dtype=np.int64),
+        "finished": np.asarray(pc.equal(table["finish"], "stop")),
         "rewards": on_last_token(table["reward"].to_numpy(), mask),
     }
     for name in ("old_logprobs", "ref_logprobs", "values", "sampler_logprobs"):
@@ -149,6 +165,11 @@ class Pieces:
             NORMALIZERS.take(settings.normalize) if settings.normalize is not None else None,
             IMPORTANCE.take(settings.importance) if settings.importance is not None else None,
         )
+
+    def read(self, name: str) -> bool:
+        """Whether any of them reads this column."""
+        every = (*self.shapers, self.advantage, self.normalizer, self.importance)
+        return any(name in piece.needs for piece in every if piece is not None)
 
     def refuse_gaps(self, table: pa.Table) -> None:
         """Raise `ContractError` where a piece reads what rollouts and labels may lack, and some rows do."""
@@ -202,7 +223,7 @@ def credited(columns: Columns, pieces: Pieces) -> Credited:
 def advantage(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Turn rewards into credit per token, in one self-contained training table."""
     pieces = Pieces.of(settings)
-    table = joined(inputs.rollouts, inputs.labels, inputs.scores)
+    table = joined(inputs.rollouts, inputs.labels, inputs.scores, sampler=pieces.read("sampler_logprobs"))
     pieces.refuse_gaps(table)
     columns = columns_of(table)
     result = credited(columns, pieces)
