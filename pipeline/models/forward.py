@@ -17,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models.checkpoint import reward_bias
 
+LOGITS_BYTES = 2**27
+"""Of a chunk's logits in float32; several arrays of this size exist at once."""
+MOST_POSITIONS = 1024
+"""Of a chunk, however small the vocabulary is."""
 # Logits that are not hidden state times head; these families would silently get wrong log-probabilities.
 LOGITS_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -55,7 +59,7 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> ResponseLogprobs:
     """Log-probabilities of each response token given the prompt and the response before it.
 
@@ -63,8 +67,9 @@ def response_logprobs(
         H_t    = logsumexp(z_t / tau) - sum_v p_t[v] z_t[v] / tau
 
     Must be taken at the temperature that sampled, or old and new log-probabilities are of different policies.
-    The head and the softmax run on response positions only, `chunk` of them at a time; with gradients, a chunk's
-    logits are computed again in the backward pass, so that at no time more than `chunk` x V of them exist.
+    The head and the softmax run on response positions only, `chunk` of them at a time (as many as `LOGITS_BYTES` hold
+    when absent); with gradients, a chunk's logits are computed again in the backward pass, so that at no time more than
+    `chunk` x V of them exist.
 
     Raises `ContractError` for an empty prompt, `NumericsError` naming the rows whose log-probability is not finite or
     above zero, `ExperimentError` for a model whose logits are more than hidden state times head.
@@ -76,6 +81,7 @@ def response_logprobs(
     tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, head.weight.device)
     hidden = _hidden(model, tokens, attended.long())
     before, targets = hidden[rows, positions - 1], tokens[rows, positions]
+    chunk = chunk or max(1, min(MOST_POSITIONS, LOGITS_BYTES // (4 * head.weight.shape[0])))
 
     parts = [
         _of_chunk(head, before[start : start + chunk], targets[start : start + chunk], temperature, entropy)

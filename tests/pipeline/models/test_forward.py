@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
+from pipeline.models import forward
 from pipeline.models.checkpoint import load_critic, load_reward_model
 from pipeline.models.forward import (
     SHARE_PROMPTS,
@@ -86,6 +87,18 @@ def test_logits_exist_a_chunk_at_a_time_and_only_for_responses(model):
         assert sorted(seen) == [1, 1, 4, 4, 4, 4, 4, 4]
     finally:
         handle.remove()
+
+
+def test_a_large_vocabulary_has_fewer_positions_in_a_chunk(model, monkeypatch):
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    monkeypatch.setattr(forward, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
+    try:
+        with torch.no_grad():
+            response_logprobs(model, PROMPTS, RESPONSES)
+    finally:
+        handle.remove()
+    assert [tuple(shape) for shape in seen] == [(size, model.config.vocab_size) for size in (5, 5, 3)]
 
 
 def test_no_logits_are_kept_for_the_backward_pass(model):
