@@ -14,6 +14,7 @@ from pipeline.artifacts import Artifact
 from pipeline.catalog import Entry
 from pipeline.errors import ExperimentError
 from pipeline.inspecting.tokens import COLUMNS, Key, Reading, colour, printable, read, rollouts_of, span
+from pipeline.whole import whole_file
 
 STEPS = 9
 """Colours of the scale that is printed."""
@@ -103,5 +104,6 @@ def _write(
     data = {
         "where": str(path), "column": column, "columns": columns, "readings": [dataclasses.asdict(r) for r in readings],
     }  # fmt: skip
-    html.write_text(pages.page("pipeline.inspecting", "tokens.html", data), encoding="utf-8")
+    with whole_file(html) as temporary:
+        temporary.write_text(pages.page("pipeline.inspecting", "tokens.html", data), encoding="utf-8")
     out.print(f"{len(readings)} responses: {html}", markup=False)

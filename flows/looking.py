@@ -1,7 +1,7 @@
 """What `rlhf show` and `rlhf sql` print."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.inspecting import queries
 from pipeline.inspecting.tokens import Key, beside, printable
 from pipeline.inspecting.views import Views, lock
 from pipeline.settings import without_none
+from pipeline.whole import whole_file
 
 SHOWN = 24
 """Elements of a list that are shown."""
@@ -190,17 +191,18 @@ def _cell(value: Any) -> Text:
 
 def _write(found: pa.Table, file: Path) -> None:
     """All rows into a file, whole or not at all. Raises `ExperimentError` for a kind of file that it cannot be."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    if file.suffix == ".parquet":
-        pq.write_table(found, temporary)
-    elif file.suffix == ".csv":
-        arrow_csv.write_csv(found, temporary)
-    elif file.suffix == ".jsonl":
-        with temporary.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in found.to_pylist())
-    else:
+    writers: dict[str, Callable[[pa.Table, Path], object]] = {
+        ".parquet": pq.write_table, ".csv": arrow_csv.write_csv, ".jsonl": _write_lines,
+    }  # fmt: skip
+    if file.suffix not in writers:
         raise ExperimentError(
             f"cannot write {file.suffix or 'a file without a suffix'}", str(file), ".parquet, .csv or .jsonl"
         )
-    temporary.rename(file)
+    with whole_file(file) as temporary:
+        writers[file.suffix](found, temporary)
     out.print(f"{found.num_rows:,} rows: {file}", markup=False)
+
+
+def _write_lines(found: pa.Table, file: Path) -> None:
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in found.to_pylist())

@@ -1,14 +1,13 @@
 """`rlhf report`: writes the page of one run or of several."""
 
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from flows.promotion import PROMOTED
 from pipeline.catalog import find_runs
-from pipeline.errors import ExperimentError, StorageError
+from pipeline.errors import ExperimentError
+from pipeline.whole import whole_file
 
 REPORT = "report.html"
 
@@ -37,17 +36,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     if file.is_dir():
         raise ExperimentError("a directory, not a file", f"-o {file}", f"rlhf report ... -o {file / REPORT}")
     promoted = {run: str(link.readlink()) for run in folders if (link := run / PROMOTED).is_symlink()}
-    _write(file, build(folders, promoted))
-    return file
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    text = build(folders, promoted)
+    with whole_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"cannot write: {error.strerror}", str(file), "name another place with -o") from error
+    return file

@@ -18,10 +18,9 @@ column `prompt` has the conversation.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from pathlib import Path
@@ -30,11 +29,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import Artifact, flush, storage_error
+from pipeline.artifacts import Artifact
 from pipeline.companions import Companions
 from pipeline.contracts import FLOAT32, FLOATS, INT32, INT64, MESSAGES, STRING, TOKENS
 from pipeline.errors import ExperimentError
 from pipeline.sources.preferences import turns_of
+from pipeline.whole import whole_file
 
 Row = dict[str, Any]
 
@@ -69,21 +69,13 @@ def exported(artifact: Artifact, to: str) -> Export:
 
 def write(export: Export, out: Path) -> int:
     """Write all rows as JSON Lines or Parquet, by the suffix; return how many. In the end all is there or nothing."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as temporary:
         with _sink(temporary, export.schema, out.suffix) as sink:
             while some := list(islice(export.rows, AT_ONCE)):
                 sink.add(some)
                 count += len(some)
-        if count:
-            flush(temporary)
-            temporary.rename(out)
-    except OSError as error:
-        raise storage_error(error, out) from error
-    finally:
-        with suppress(OSError):
+        if not count:
             temporary.unlink()
     return count
 

@@ -10,6 +10,7 @@ import duckdb
 from pipeline.artifacts import Artifact, FileRecord
 from pipeline.catalog import EXPERIMENT_FILE, artifacts_of, refuse_no_run
 from pipeline.errors import ArtifactError
+from pipeline.inspecting.views import quoted
 from pipeline.settings import flat, read_toml
 
 Pair = tuple[str, Any, Any]
@@ -65,7 +66,7 @@ def difference(a: Artifact, b: Artifact, shown: int = 5) -> Difference:
     other = {name: value for name, value in b.stats.items() if name not in ABOUT_THE_MAKING}
     is_table = a.contract.is_table
     return Difference(
-        asked_differently(a, b)[0], asked_differently(a, b)[1], _pairs(stats, other),
+        *asked_differently(a, b), _pairs(stats, other),
         [] if is_table else _pairs(_files(a.manifest.files), _files(b.manifest.files)),
         row_difference(a, b, shown) if is_table and a.manifest.digest != b.manifest.digest else None,
     )  # fmt: skip
@@ -102,7 +103,7 @@ def row_difference(a: Artifact, b: Artifact, shown: int) -> Rows:
 def _keyed(connection: duckdb.DuckDBPyConnection, key: Sequence[str], columns: Sequence[str], shown: int) -> Rows:
     # Columns are those of a contract, quoted: nothing that anybody typed stands in these statements.
     others = [column for column in columns if column not in key]
-    on = ", ".join(map(_quoted, key))
+    on = ", ".join(map(quoted, key))
     changed = " or ".join(map(_differs, others)) or "false"
     counts = "".join(f", count(*) filter ({_differs(column)})" for column in others)
     both, any_, *each = _one(
@@ -112,7 +113,7 @@ def _keyed(connection: duckdb.DuckDBPyConnection, key: Sequence[str], columns: S
     (only_a,) = _one(connection, f"select count(*) from a anti join b using ({on})")  # noqa: S608
     (only_b,) = _one(connection, f"select count(*) from b anti join a using ({on})")  # noqa: S608
     per_column = {column: count for column, count in zip(others, each, strict=True) if count}
-    pairs = "".join(f", a.{_quoted(column)}, b.{_quoted(column)}" for column in per_column)
+    pairs = "".join(f", a.{quoted(column)}, b.{quoted(column)}" for column in per_column)
     if not per_column:
         return Rows(only_a, only_b, both, 0, {}, [])
     most = " + ".join(f"({_differs(column)})::int" for column in per_column)
@@ -132,7 +133,7 @@ def _keyed(connection: duckdb.DuckDBPyConnection, key: Sequence[str], columns: S
 
 
 def _keyless(connection: duckdb.DuckDBPyConnection, columns: Sequence[str]) -> Rows:
-    names = ", ".join(map(_quoted, columns))
+    names = ", ".join(map(quoted, columns))
 
     def count(one: str, word: str, other: str) -> int:
         rows = f"select {names} from {one} {word} all select {names} from {other}"  # noqa: S608  # as above
@@ -146,12 +147,8 @@ def _one(connection: duckdb.DuckDBPyConnection, statement: str) -> tuple[int, ..
     return tuple(row)
 
 
-def _quoted(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
-
-
 def _differs(column: str) -> str:
-    return f"a.{_quoted(column)} is distinct from b.{_quoted(column)}"
+    return f"a.{quoted(column)} is distinct from b.{quoted(column)}"
 
 
 @dataclass(frozen=True)

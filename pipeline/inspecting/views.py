@@ -141,7 +141,7 @@ class Views:
         own = [field.name for field in contract.fields if field.name not in ("run", "iteration", "stage")]
         place = ", ".join(f"places.{column}" for column in (*PLACE, *more))
         columns = ", ".join(f'd."{column}"' for column in own)
-        rows = f"select {', '.join(map(_quoted, own))}, null as filename from empty.{name}"  # noqa: S608
+        rows = f"select {', '.join(map(quoted, own))}, null as filename from empty.{name}"  # noqa: S608
         if files:
             there = ", ".join(_literal(path) for path in files)
             rows += f" union all by name select * from read_parquet([{there}], filename = true, union_by_name = true)"  # noqa: S608
@@ -201,5 +201,6 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _quoted(column: str) -> str:
-    return '"' + re.sub('"', '""', column) + '"'
+def quoted(column: str) -> str:
+    """A column's name in a statement, whatever characters it has."""
+    return '"' + column.replace('"', '""') + '"'

@@ -1,6 +1,7 @@
 """`rlhf show` and `rlhf sql` at the command line: on a real run, and with hostile words."""
 
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from flows import heat, looking
 from flows.sheets import out
 from pipeline.artifacts import Artifact
-from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.errors import ArtifactError, ExperimentError, StorageError
 
 
 def printed(function, *words, width=200):
@@ -196,3 +197,11 @@ def test_hostile_text_stays_text_in_the_page(tmp_path, opened):
     assert page.locator("img").count() == 0
     assert page.locator(".token").all_inner_texts() == [*hostile[:2], "\\u2028\\u001b[31m"]
     assert json.loads(page.locator("#data").inner_text())["where"] == hostile[0]
+
+
+def test_a_place_that_cannot_be_written_is_told_and_nothing_is_left(walked):
+    run = walked("grpo")
+    with pytest.raises(StorageError, match="cannot write"):
+        asked(run.folder, "select 1", file=Path("/proc/rows.csv"))
+    with pytest.raises(StorageError, match="cannot write"):
+        heat.show(run.iteration(0) / "rollouts-0", 1, None, None, Path("/proc/tokens.html"))
