@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import storage
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -16,7 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Root = Annotated[Path, typer.Option(help="Where runs lie.")]
+Root = Annotated[Path, typer.Option(help="Where runs lie: a directory, or a URL (s3://...).", parser=storage.place)]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or its URL.", parser=storage.at_hand)]
 
 
 @app.command()
@@ -50,6 +52,23 @@ def run(
         execute.run_experiment(experiment, recipe, name, changes, str(root), wait=wait)
         outcome = execute.finished(resolved, root)
     reports.summary(experiment, resolved, root, outcome)
+
+
+@app.command()
+def plan(
+    experiment: Annotated[str, typer.Argument(help="A name in flows/experiments, or a path to a .toml file.")],
+    recipe: Annotated[str | None, typer.Option(help="Another recipe than the experiment's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")] = None,
+    root: Root = Path("runs"),
+    device: Annotated[str, typer.Option(help="a100, h100, h200, or core: one of a CPU.")] = "h100",
+    count: Annotated[int, typer.Option(help="How many of them.", min=1)] = 8,
+    length: Annotated[float | None, typer.Option(help="Mean tokens of a response; the longest when absent.")] = None,
+) -> None:
+    """Reckon an iteration before it is run: bytes, seconds, memory, what breaks first; beside it what was measured."""
+    from flows import reports
+
+    reports.estimate(experiment, recipe, changes or [], name, root, (device, count, length))
 
 
 @app.command(
@@ -88,7 +107,7 @@ def stages() -> None:
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     every: Annotated[bool, typer.Option("--all", help="Every artifact of every iteration, however many.")] = False,
 ) -> None:
     """Every stage of every iteration: done, missing, stale or running; seconds, rows."""
@@ -99,7 +118,7 @@ def status(
 
 @app.command()
 def redo(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     stage: Annotated[str, typer.Argument(help="A stage, or an artifact's own name: labels-0, sft, 0003/policy.")] = "",
     iteration: Annotated[int | None, typer.Option(help="Of the loop; none: the foundations.", min=0)] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting.")] = None,
@@ -114,7 +133,7 @@ def redo(
 
 @app.command()
 def prune(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     keep: Annotated[int, typer.Option(help="Last checkpoints of each kind whose weights stay.")] = 2,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
 ) -> None:
@@ -126,7 +145,7 @@ def prune(
 
 @app.command()
 def lineage(
-    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    path: Annotated[Path, typer.Argument(help="An artifact.", parser=storage.at_hand)],
     depth: Annotated[int | None, typer.Option(help="How many steps back.", min=0)] = None,
 ) -> None:
     """Where an artifact came from, back to the files, and whether all of it is still what it was."""
@@ -137,7 +156,7 @@ def lineage(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a directory of runs.")],
+    path: Annotated[Path, typer.Argument(help="An artifact, a run, or a directory of runs.", parser=storage.at_hand)],
 ) -> None:
     """Whether everything has the bytes that it was made with; exit code 1 where anything has not."""
     from flows import reports
@@ -148,7 +167,7 @@ def verify(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="An artifact.")],
+    path: Annotated[Path, typer.Argument(help="An artifact.", parser=storage.at_hand)],
     rows: Annotated[int, typer.Option(help="Sample rows to print.", min=0)] = 5,
     where: Annotated[str | None, typer.Option(help='SQL condition, e.g. "reward < 0".')] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Responses token by token, numbers as colour.")] = False,
@@ -187,8 +206,8 @@ def sql(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="An artifact or a run.")],
-    b: Annotated[Path, typer.Argument(help="Another one of the same kind.")],
+    a: Annotated[Path, typer.Argument(help="An artifact or a run.", parser=storage.at_hand)],
+    b: Annotated[Path, typer.Argument(help="Another one of the same kind.", parser=storage.at_hand)],
     rows: Annotated[int, typer.Option(help="Changed rows to print.", min=0)] = 5,
 ) -> None:
     """Two artifacts or two runs: settings, statistics, rows that differ."""
@@ -210,7 +229,7 @@ def report(
 
 @app.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
 ) -> None:
@@ -222,7 +241,7 @@ def watch(
 
 @app.command()
 def relabel(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     iteration: Annotated[int, typer.Option(help="Whose stored rollouts.", min=0)],
     name: Annotated[str, typer.Option("--as", help="Name of the new labels: they lie beside the old ones.")],
     label: Annotated[str | None, typer.Option(help="Another labeler, e.g. majority_vote.")] = None,
@@ -239,7 +258,12 @@ def relabel(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="Prompts, demonstrations, documents, rankings, rollouts or labels.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Prompts, demonstrations, documents, rankings, rollouts or labels.", parser=storage.at_hand
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .jsonl or .parquet.")],
     to: Annotated[str, typer.Option(help="Whose rows: verl or trl.")],
 ) -> None:
@@ -259,7 +283,7 @@ def metrics() -> None:
 
 @app.command()
 def compare(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     recipes: Annotated[str, typer.Option(help="Names, separated by commas; all when absent.")] = "",
     iteration: Annotated[int, typer.Option(help="Whose stored rollouts.", min=0)] = 0,
     rewards: Annotated[str, typer.Option(help="Each recipe's own, or the run's `stored` ones.")] = "recipe",
@@ -272,7 +296,10 @@ def compare(
 
 @app.command()
 def results(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of finished runs.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Directories of finished runs.", parser=storage.at_hand),
+    ],
 ) -> None:
     """What runs came to, side by side: accuracy, win rate against SFT, score, KL, loss on documents; a picture."""
     from flows import reports
@@ -282,7 +309,7 @@ def results(
 
 @app.command()
 def fork(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     at: Annotated[int, typer.Option(help="First iteration of the new run; what lies before is shared.", min=0)],
     name: Annotated[str, typer.Option("--as", help="Name of the new run.")],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the run's.")] = None,
@@ -299,7 +326,7 @@ def fork(
 
 @app.command()
 def promote(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    folder: Folder,
     refuse: Annotated[bool, typer.Option(help="The policy that waits is not to be promoted.")] = False,
 ) -> None:
     """A person's word: promote the policy that waits for it (setting promotion.approval), or refuse it."""
@@ -307,6 +334,49 @@ def promote(
     from pipeline.metrics import console
 
     promotion.promote(folder, console.line, refused=refuse)
+
+
+claims_app = typer.Typer(invoke_without_command=True, pretty_exceptions_enable=False)
+app.add_typer(claims_app, name="claims")
+
+
+@claims_app.callback()
+def claims(
+    context: typer.Context,
+    folder: Annotated[Path | None, typer.Option(help="Other claims: a directory with worlds and results.")] = None,
+) -> None:
+    """The papers' claims, re-created in small: what was found, from stored results."""
+    from flows.claims import CLAIMS
+
+    context.obj = folder or CLAIMS
+    if context.invoked_subcommand is None:
+        from flows import claims_page
+
+        claims_page.show(context.obj)
+
+
+@claims_app.command("run")
+def run_claim(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="One of `rlhf claims`.")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to one less than this.", min=1)] = 5,
+    root: Root = Path("runs/claims"),
+) -> None:
+    """Run the arms of a claim that are not stored yet; run it again to resume."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from flows import claiming
+    from flows.claims import Claim
+    from pipeline.metrics import console
+
+    claiming.run(Claim.load(name, context.obj), seeds, root, console.line)
+
+
+@claims_app.command("page")
+def write_claims(context: typer.Context) -> None:
+    """Write the claims' README.md and its pictures from stored results (needs matplotlib)."""
+    from flows import claims_page
+
+    claims_page.write(context.obj)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from flows.sheets import Sheet
+from pipeline import storage
 from pipeline.algorithms.bind import Bound, bind
 from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS
@@ -196,6 +197,7 @@ def _anew(stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequ
         if not out.exists():
             raise  # an input is at fault, not what was made
         shutil.rmtree(out)
+        storage.removed(out)
     return stage.run(out, settings, **paths)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from prefect import flow
 from pydantic import Field
 
+from flows import pictures
 from flows.evaluate import evaluate
 from flows.execute import find_experiment, finished, run_experiment
 from flows.forking import branch, stood
@@ -76,7 +77,9 @@ def stage(
         return launch(asked, target, wanted, (resolved, file), **paths)
 
     resources = Resources() if resolved is None else resolved.resources
-    return str(perform(work, asked, target, resources, out, out).path)
+    made = perform(work, asked, target, resources, out, out)
+    pictures.wait()
+    return str(made.path)
 
 
 @flow(name="evaluate", flow_run_name="{run}, iteration {iteration}")
@@ -95,6 +98,7 @@ def evaluation(run: str, iteration: Annotated[int, Field(ge=0)]) -> str | None:
     base, _, _ = branch(looking, foundations(looking))
     _, now = stood(folder.parent, Fork(run=folder.name, at=iteration))
     labels = evaluate(Run(experiment, folder.parent, as_task, console.line), base, now.policy, iteration)
+    pictures.wait()
     return None if labels is None else str(labels.path)
 
 

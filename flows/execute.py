@@ -10,9 +10,11 @@ from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, 
 from flows.forking import branch
 from flows.foundations import foundations
 from flows.online import online
+from flows.planning import memory, refuse_what_cannot_fit
 from flows.promotion import settle
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
+from pipeline import storage
 from pipeline.algorithms.bind import bind
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
@@ -131,10 +133,13 @@ def run_experiment(
     `wait` for it.
     """
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
-    finished(resolved, Path(root))  # a place taken by another computation is told before anything is written
-    run = Run(resolved, Path(root), as_task, console.line, settle, _tell)
+    refuse_what_cannot_fit(resolved, memory())
+    place = storage.place(root)
+    finished(resolved, place)  # a place taken by another computation is told before anything is written
+    run = Run(resolved, place, as_task, console.line, settle, _tell)
     with run.held(wait=wait):
         run.write_experiment()
+        storage.carry(run.folder)
         console.line(
             f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
         )
@@ -146,4 +151,6 @@ def run_experiment(
             _track(run)
         if outcome.policy.path == run.iteration(resolved.scale.iterations - 1) / "policy":
             reporting.write([run.folder])
+        storage.carry(run.folder)
+    pictures.wait()
     return str(outcome.policy.path)

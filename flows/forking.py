@@ -6,6 +6,7 @@ from pathlib import Path
 from flows.foundations import Foundations, foundations
 from flows.online import Now, iterate
 from flows.run import MissingError, Run, look_up, name_given
+from pipeline import storage
 from pipeline.artifacts import Artifact
 from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.errors import ArtifactError, ExperimentError
@@ -33,6 +34,7 @@ def fork(folder: Path, at: int, name: str, recipe: str | None = None, changes: t
     stood(folder.parent, Fork(run=folder.resolve().name, at=at))
     target.mkdir()
     (target / EXPERIMENT_FILE).write_text(forked.dump(), encoding="utf-8")
+    storage.carry(target)
     return target / EXPERIMENT_FILE
 
 
@@ -57,6 +59,7 @@ def stood(root: Path, plan: Fork) -> tuple[Artifact, Now]:
     Raises `ArtifactError` where the run has not come so far.
     """
     folder = root / plan.run
+    storage.bring(folder)
     refuse_no_run(folder)
     parent = Run(Experiment.load(folder / EXPERIMENT_FILE), root, look_up)
     try:

@@ -70,7 +70,9 @@ def foundations(run: Run) -> Foundations:
     held_out = _ingested_if_named(run, "held_out")
     _refuse_unjudgeable(run, prompts, held_out)
     demonstrations = _ingested_if_named(run, "demonstrations") if run.experiment.sft.enabled else None
-    for trained in (prompts, demonstrations):
+    if data.test_time:
+        _refuse_reading_answers(run)
+    for trained in (demonstrations, None if data.test_time else prompts):
         if held_out is not None and trained is not None:
             refuse_leak(trained, held_out)
     documents, held_out_documents = _documents(run), _ingested_if_named(run, "held_out_documents")
@@ -96,6 +98,18 @@ def _refuse_unjudgeable(run: Run, prompts: Artifact, held_out: Artifact | None) 
         refuse_unanswered(_graded(prompts), prompts)
     elif "answers" in needs:
         refuse_ungraded(_graded(prompts), prompts)
+
+
+def _refuse_reading_answers(run: Run) -> None:
+    """Raise `ExperimentError` where training on the test's prompts would be training on its answers."""
+    recipe = run.experiment.recipe
+    in_credit = any("verdicts" in piece.needs for piece in bind(recipe).crediting)
+    in_loss = any(line.on == "correct" for line in recipe.loss)
+    if in_credit or in_loss or needs_reward_model(recipe):
+        raise ExperimentError(
+            f"data.test_time trains on held-out prompts, and recipe {recipe.name} learns from answers",
+            do="name a recipe that reads none (`rlhf recipes`), or take test_time out and name other prompts",
+        )
 
 
 def _graded(prompts: Artifact) -> list[dict[str, Any]]:

@@ -34,12 +34,12 @@ Rows = list[tuple[float, str, int]]
 
 @dataclass(frozen=True)
 class Gate:
-    """One number of one kind of artifact, and where it has to be."""
+    """One number, and where it has to be."""
 
     name: str
     """Of the setting with its action; `NAME_most` or `NAME_least` is the limit, and 0 at most where there is none."""
-    kind: str
-    """Contract of the artifacts that it looks at."""
+    kinds: tuple[str, ...]
+    """Contracts of the artifacts that it looks at."""
     number: str
     """Name among the manifest's stats."""
     says: str
@@ -72,13 +72,14 @@ def look(run: Run, artifact: Artifact, rollouts: Sequence[Artifact]) -> None:
     """Ask the gates of an artifact that is about `rollouts`. Raises `GateError` where one fails that stops."""
     gates = run.experiment.gates
     for gate in GATES:
-        if gate.kind != artifact.contract.name or (failure := gate.failure(artifact, gates)) is None:
+        if artifact.contract.name not in gate.kinds or (failure := gate.failure(artifact, gates)) is None:
             continue
         if getattr(gates, gate.name) == "warn":
             run.say(f"  {failure}")
             continue
+        rows = worst(gate.bad(artifact, rollouts), rollouts)
         raise GateError(
-            "\n".join([failure, "the worst rows:", *worst(gate.bad(artifact, rollouts), rollouts)]), str(artifact.path),
+            "\n".join([failure, *(["the worst rows:", *rows] if rows else [])]), str(artifact.path),
             f"{gate.do}; or go on regardless: the same command with --set gates.{gate.name}=warn",
         )  # fmt: skip
 
@@ -86,7 +87,7 @@ def look(run: Run, artifact: Artifact, rollouts: Sequence[Artifact]) -> None:
 def failures(artifacts: Iterable[Artifact], gates: Gates, names: Sequence[str]) -> list[str]:
     """What these gates say of the artifacts, warnings and stops alike."""
     asked = [gate for gate in GATES if gate.name in names]
-    found = (gate.failure(one, gates) for one in artifacts for gate in asked if gate.kind == one.contract.name)
+    found = (gate.failure(one, gates) for one in artifacts for gate in asked if one.contract.name in gate.kinds)
     return [failure for failure in found if failure is not None]
 
 
@@ -159,7 +160,9 @@ def _without_spread(artifact: Artifact, _: Sequence[Artifact]) -> Rows:
 
 
 def _apart(artifact: Artifact, rollouts: Sequence[Artifact]) -> Rows:
-    """Mean over a response's tokens of |sampler - trainer|."""
+    """Mean over a response's tokens of |sampler - trainer|; an update that measured it has no rows."""
+    if artifact.contract.name == "policy":
+        return []
     trainer = _listed([artifact], "old_logprobs")
     return [
         (float(np.abs(np.subtract(sampler, trainer[key])).mean()), *key)
@@ -169,7 +172,9 @@ def _apart(artifact: Artifact, rollouts: Sequence[Artifact]) -> Rows:
 
 
 def _far(artifact: Artifact, _: Sequence[Artifact]) -> Rows:
-    """Sum over a response's tokens of policy - reference."""
+    """Sum over a response's tokens of policy - reference; an update that measured it has no rows."""
+    if artifact.contract.name == "policy":
+        return []
     reference = _listed([artifact], "ref_logprobs")
     old = _listed([artifact], "old_logprobs")
     return [(float(np.subtract(old[key], reference[key]).sum()), *key) for key in old]
@@ -190,36 +195,36 @@ def _listed(artifacts: Sequence[Artifact], column: str) -> Mapping[tuple[str, in
 
 GATES = (
     Gate(
-        "malformed", "rollouts", "rows/malformed", "responses whose end tokens do not fit how they finished",
+        "malformed", ("rollouts",), "rows/malformed", "responses whose end tokens do not fit how they finished",
         "look at them with `rlhf show`: is the tokenizer the policy's own?", _malformed,
     ),
     Gate(
-        "truncation", "rollouts", "length/cut", "too many responses are cut at the length limit",
+        "truncation", ("rollouts",), "length/cut", "too many responses are cut at the length limit",
         "raise scale.response_tokens, or shape the reward with overlong_penalty", _cut,
     ),
     Gate(
-        "duplicates", "rollouts", "duplicates/in_group", "the responses to a prompt are nearly all the same",
+        "duplicates", ("rollouts",), "duplicates/in_group", "the responses to a prompt are nearly all the same",
         "sample at a higher temperature, lower scale.learning_rate, or stop here", _repeated,
     ),
     Gate(
-        "grader_failures", "labels", "grader/failures", "the grader did not get through too many responses",
+        "grader_failures", ("labels",), "grader/failures", "the grader did not get through too many responses",
         "raise resources.grader_seconds, and make the labels again: `rlhf redo RUN label --iteration I --set "
         "grader_seconds=20`", _not_graded,
     ),
     Gate(
-        "zero_spread", "labels", "reward/zero_spread_groups", "too many groups have one reward for all responses",
+        "zero_spread", ("labels",), "reward/zero_spread_groups", "too many groups have one reward for all responses",
         "take prompts of another difficulty, or filter with mixed_outcomes", _without_spread,
     ),
     Gate(
-        "mismatch", "scores", "kl/sampler_abs", "engine and trainer see different policies",
+        "mismatch", ("scores", "policy"), "kl/sampler_abs", "engine and trainer see different policies",
         "look whether engine and trainer read the same checkpoint, tokenizer and dtype (resources.dtype)", _apart,
     ),
     Gate(
-        "divergence", "scores", "kl/reference_sum", "the policy has gone too far from the reference",
+        "divergence", ("scores", "policy"), "kl/reference_sum", "the policy has gone too far from the reference",
         "raise the coefficient of kl_penalty, or lower scale.learning_rate", _far,
     ),
     Gate(
-        "entropy", "policy", "entropy/mean", "the policy has become too sure of every token",
+        "entropy", ("policy",), "entropy/mean", "the policy has become too sure of every token",
         "lower scale.learning_rate, or raise clip_high", _sure,
     ),
 )  # fmt: skip

@@ -109,7 +109,7 @@ def _sampled(labels: Sequence[Artifact]) -> pa.Table:
 
 def _judge(labels: Artifact) -> str:
     """Digest of the reward model; judgements lie beside the labels, wherever the run has been moved."""
-    recorded = Path(labels.manifest.inputs["judgements"][0].path)
+    recorded = labels.manifest.inputs["judgements"][0].place
     judgements = Artifact.open(labels.path.with_name(recorded.name), SCORES)
     return judgements.manifest.inputs["reward_model"][0].digest
 

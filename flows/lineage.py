@@ -4,6 +4,9 @@ An artifact is stale when one of its inputs lies at its place with other bytes, 
 name (`labels-0.lenient`), or is stale itself. An input that is gone or pruned makes nothing stale.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +15,26 @@ from typing import Literal, Self
 from rich.markup import escape
 from rich.tree import Tree
 
-from pipeline.artifacts import MANIFEST, PRUNED, InputRecord, Manifest
-from pipeline.catalog import EXPERIMENT_FILE, is_redone, lies_at, manifests
+from pipeline.artifacts import PRUNED, InputRecord, Manifest
+from pipeline.catalog import EXPERIMENT_FILE, Survey, is_redone, lies_at
 from pipeline.errors import ArtifactError
 from pipeline.stage import digest_of_file
+from pipeline.storage import MANIFEST
 
 FARTHEST = 4
 """Directories from the root to the farthest artifact: `RUN/eval/0000/labels`."""
+
+
+@contextmanager
+def no_collecting() -> Iterator[None]:
+    """Keep the collector away: thousands of manifests are no garbage, and it would look through them over and over."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Ledger:
     """Every manifest below a directory, read once."""
 
     root: Path
+    survey: Survey
     manifests: dict[Path, Manifest]
     """By the resolved path of the artifact, in the order of their making."""
     _standings: dict[Path, Standing] = field(default_factory=dict)
@@ -48,8 +65,9 @@ class Ledger:
         if not root.is_dir():
             raise ArtifactError("no such directory", str(root), "check the path")
         here = root.resolve()
-        found = sorted(manifests(here), key=lambda path: path.stat().st_mtime_ns)
-        return cls(here, {path.parent: Manifest.read(path.parent) for path in found})
+        found = Survey.of(here)
+        with no_collecting():
+            return cls(here, found, {path: Manifest.read(path) for path in found.in_order()})
 
     @classmethod
     def around(cls, path: Path) -> Self:
@@ -65,7 +83,8 @@ class Ledger:
     def place(self, record: InputRecord) -> Path | None:
         """Where an input lies today; None if gone."""
         if record.path not in self._places:
-            self._places[record.path] = lies_at(record, [self.root])
+            recorded = record.place
+            self._places[record.path] = recorded if recorded in self.manifests else lies_at(record, [self.root])
         return self._places[record.path]
 
     def standing(self, path: Path) -> Standing:
@@ -83,7 +102,8 @@ class Ledger:
                 gone = f"{record.path} is gone"
             elif why := self._changed(record, place):
                 return Standing("stale", why)
-        return Standing("pruned" if (path / PRUNED).exists() else "done", gone)
+        pruned = path in self.survey.pruned if path in self.manifests else (path / PRUNED).exists()
+        return Standing("pruned" if pruned else "done", gone)
 
     def _changed(self, record: InputRecord, place: Path) -> str:
         if place not in self.manifests:
@@ -105,7 +125,8 @@ class Ledger:
 
     def redone(self, path: Path) -> list[Path]:
         """What lies beside an artifact as the same made again with changes."""
-        return [other for other in self._redone.get(path.parent, ()) if is_redone(other, path.name)]
+        others = self._redone.get(path.parent, ()) if self._redone else ()
+        return [other for other in others if is_redone(other, path.name)]
 
     @cached_property
     def _redone(self) -> dict[Path, list[Path]]:

@@ -1,6 +1,9 @@
 """What Prefect's pages show of a run: links to its datasets, numbers by iteration, their curves, sample responses.
 
 All of it is read from the run's directory. Outside a flow run nothing is made, and nothing here decides anything.
+
+Prefect's server takes longer to answer than a short stage takes, so the next stage does not wait for it: one thread
+makes what is shown, in order, and `wait` ends when all of it is there.
 """
 
 import base64
@@ -8,8 +11,10 @@ import html
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ from prefect.context import FlowRunContext
 
 from flows.run import Run
 from pipeline.artifacts import METRICS_FILE, Artifact
-from pipeline.catalog import artifacts_of, manifests
+from pipeline.catalog import Survey, artifacts_of
 from pipeline.seeds import derive
 
 CURVES = {
@@ -38,10 +43,28 @@ LONGEST = 400
 """Characters that are shown of a text."""
 
 
+_making = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+_asked: list[Future[Any]] = []
+
+
+def _later(make: Callable[..., Any], **given: Any) -> None:
+    """Have it made meanwhile, for the task or flow run that this is."""
+    _asked.append(_making.submit(copy_context().run, partial(make, **given)))
+
+
+def wait() -> None:
+    """Return when all that was asked for is there. Raises what went wrong with the first that is not."""
+    asked = [*_asked]
+    _asked.clear()
+    for one in asked:
+        one.result()
+
+
 def link(artifact: Artifact, key: str) -> None:
     """Leave a link to a dataset, with its numbers."""
     numbers = [f"{name}: {value:g}" for name, value in artifact.stats.items()]
-    create_link_artifact(
+    _later(
+        create_link_artifact,
         link=artifact.path.absolute().as_uri(),
         link_text=str(artifact.path),
         key=_key(key),
@@ -51,8 +74,11 @@ def link(artifact: Artifact, key: str) -> None:
 
 def show(run: Run, number: int) -> None:
     """Show what iteration `number` came to: a table and curves up to it, and sample rows of it."""
-    if FlowRunContext.get() is None:
-        return
+    if FlowRunContext.get() is not None:
+        _later(_show, run=run, number=number)
+
+
+def _show(run: Run, number: int) -> None:
     name = run.experiment.name
     rows = [_numbers(folder) for folder in _iterations(run.folder, number)]
     if not rows:
@@ -74,7 +100,7 @@ def _key(name: str) -> str:
 def _iterations(folder: Path, last: int) -> list[Path]:
     """Directories of the iterations that the run made itself, in order."""
     found = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]") if int(path.name) <= last)
-    return [path for path in found if any(manifests(path))]
+    return [path for path in found if Survey.of(path).committed]
 
 
 @cache
@@ -159,8 +185,8 @@ def _judged(folder: Path) -> list[dict[str, Any]]:
     """The rows of an iteration's rounds with prompt, response and what was said of it."""
     rows: list[dict[str, Any]] = []
     for labels in (one for one in artifacts_of(folder) if one.manifest.kind == "labels"):
-        rollouts = Artifact.open(Path(labels.manifest.inputs["rollouts"][0].path))
-        prompts = Artifact.open(Path(labels.manifest.inputs["prompts"][0].path))
+        rollouts = Artifact.open(labels.manifest.inputs["rollouts"][0].place)
+        prompts = Artifact.open(labels.manifest.inputs["prompts"][0].place)
         asked = {row["prompt_id"]: row["messages"][-1]["content"] for row in prompts.table().to_pylist()}
         said = _by_key(rollouts.table(["prompt_id", "sample", "response"]))
         for key, row in _by_key(labels.table(["prompt_id", "sample", "reward", "verdict"])).items():

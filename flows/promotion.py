@@ -21,6 +21,7 @@ import numpy as np
 from flows import gates
 from flows.results import Evaluated
 from flows.run import Run
+from pipeline import storage
 from pipeline.artifacts import Artifact, InputRecord, flush
 from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.contracts import POLICY
@@ -136,8 +137,8 @@ def _policy(one: Evaluated) -> InputRecord:
 def policy_of(one: Evaluated) -> Path:
     """Where the policy lies that was evaluated, as it was. Raises `ArtifactError` where it is not there any more."""
     recorded = _policy(one)
-    path = Path(recorded.path)
-    there = Artifact.open(path, POLICY) if path.is_dir() else None
+    path = recorded.place
+    there = Artifact.open(path, POLICY) if path.is_dir() or storage.fetch(path) else None
     if there is None or there.pruned or there.manifest.digest != recorded.digest:
         raise ArtifactError(
             f"the policy evaluated in {one.run / 'eval'}/{one.iteration:04d} is not there as it was", str(path),
@@ -220,6 +221,7 @@ def promote(folder: Path, say: Callable[[str], None], *, refused: bool = False) 
     refuse_no_run(folder)
     before = (folder / PROMOTED).readlink() if (folder / PROMOTED).is_symlink() else None
     decide(folder, Experiment.load(folder / EXPERIMENT_FILE), say, lambda _: "no" if refused else "yes")
+    storage.carry(folder)
     after = (folder / PROMOTED).readlink() if (folder / PROMOTED).is_symlink() else None
     if before == after and not refused:
         say(f"nothing waits to be promoted; {PROMOTED} -> {after}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from flows.lineage import Ledger
 from flows.promotion import PROMOTED, evaluations
 from flows.run import Run, look_up
+from pipeline import storage
 from pipeline.artifacts import PRUNED, Artifact, flush, place_of
 from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of, refuse_no_run
 from pipeline.errors import ExperimentError
@@ -51,6 +52,7 @@ def prune(folder: Path, keep: int = 2, *, dry_run: bool = False) -> list[Pruned]
         replaced = sum(path.stat().st_size for path in (folder / REPLACED).rglob("*") if path.is_file())
         if replaced and not dry_run:
             shutil.rmtree(folder / REPLACED)
+            storage.removed(folder / REPLACED)
         return [*freed, *([Pruned(None, replaced)] if replaced else [])]
 
 
@@ -89,12 +91,17 @@ def _of_forks(folder: Path) -> Iterator[Path]:
 
 def _weigh(artifact: Artifact, *, dry_run: bool) -> int:
     """Bytes of the weights, which are deleted unless this is a dry run."""
-    weights = sorted(artifact.path.rglob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
+    files = artifact.manifest.files
+    away = not artifact.pruned and storage.url_of(artifact.path) is not None
+    names = [name for name in sorted(files) if name.endswith(".safetensors")]
+    weights = [artifact.path / name for name in names if away or (artifact.path / name).exists()]
+    size = sum(files[path.relative_to(artifact.path).as_posix()].bytes for path in weights)
     if weights and not dry_run:
         mark = artifact.path / PRUNED
         mark.touch()
         flush(artifact.path)
+        storage.put(mark)
         for path in weights:
-            path.unlink()
+            path.unlink(missing_ok=True)
+            storage.removed(path)
     return size

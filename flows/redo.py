@@ -13,6 +13,7 @@ from flows.execute import walk
 from flows.lineage import Ledger
 from flows.run import Run, name_given, write_metrics
 from flows.tables import STAGES, load_stage
+from pipeline import storage
 from pipeline.artifacts import Artifact, Manifest, place_of
 from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of, is_redone, name_of, refuse_no_run
 from pipeline.errors import ArtifactError, ExperimentError, InputError
@@ -156,6 +157,7 @@ def _made(run: Run, stage: Stage, out: Path, settings: StageSettings, old: Path 
     except BaseException:
         if old is not None and not out.exists():
             old.rename(out)
+            storage.moved(old, out)
         raise
 
 
@@ -194,7 +196,10 @@ def _set_aside(path: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = (target.with_name(f"{target.name}-{manifest.fingerprint[:8]}{end}") for end in _endings())
     place = next(candidate for candidate in free if not candidate.exists())
-    return path.rename(place)
+    storage.complete(path)
+    path.rename(place)
+    storage.moved(path, place)
+    return place
 
 
 def _endings() -> Iterator[str]:

@@ -13,7 +13,7 @@ from flows.sheets import out, print_sheet
 from flows.tables import contract_sheet, metrics_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
-from pipeline.catalog import name_of, scratches
+from pipeline.catalog import Survey, name_of
 from pipeline.contracts import CONTRACTS
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
@@ -74,6 +74,20 @@ def _accuracy(labels: Artifact) -> str:
         f"{stats['accuracy/mean']:.3f}  (mean of {stats['rows'] / groups:.0f} samples on {groups:.0f} prompts; "
         f"pass@k {stats['accuracy/pass_at_k']:.3f}, maj@k {stats['accuracy/majority_at_k']:.3f})"
     )
+
+
+def estimate(
+    asked: str, recipe: str | None, changes: list[str], name: str | None, root: Path,
+    where: tuple[str, int, float | None],
+) -> None:  # fmt: skip
+    """`rlhf plan EXPERIMENT`: what an iteration takes on so many devices, with responses of that length."""
+    from flows import planning
+    from flows.execute import find_experiment
+
+    experiment = Experiment.load(find_experiment(asked), changes, recipe, name)
+    made = planning.plan(experiment, root / experiment.name, *where)
+    for sheet in planning.sheets(made, experiment):
+        print_sheet(sheet)
 
 
 def stages() -> None:
@@ -185,7 +199,7 @@ def verify(path: Path) -> bool:
         out.print(remark, markup=False)
     if len(remarks) > REMARKS:
         out.print(f"and {len(remarks) - REMARKS} more that are stale or pruned: `rlhf status` lists them")
-    for scratch in scratches(path):
+    for scratch in Survey.of(path).scratches:
         out.print(f"{scratch}: unfinished; the next run goes on with it", markup=False)
     told = f"{bad} of them are not as they were made" if bad else "all as they were made"
     out.print(f"{count} artifacts, {size / 1e6:,.1f} MB: {told}")

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.lineage import Ledger
+from flows.lineage import Ledger, no_collecting
 from flows.promotion import PROMOTED
 from flows.run import LOCK_FILE
 from flows.sheets import Sheet
 from pipeline.artifacts import SCRATCH, Manifest
-from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run, scratches
+from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run
 from pipeline.experiment import Experiment
 from pipeline.locks import holder, is_held
 
@@ -48,6 +48,7 @@ class Line:
         return self.name, self.state, seconds, "" if self.rows is None else f"{self.rows:,.0f}", self.note
 
 
+@no_collecting()
 def status(folder: Path, *, every: bool = False) -> tuple[list[str], Sheet]:
     """Lines about the run as a whole, and the table of its artifacts; `every` artifact, or old iterations as one line.
 
@@ -57,12 +58,13 @@ def status(folder: Path, *, every: bool = False) -> tuple[list[str], Sheet]:
         refuse_no_run(folder)
     ledger = Ledger.around(folder)
     here = folder.resolve()
-    below = {path: manifest for path, manifest in ledger.manifests.items() if path.is_relative_to(here)}
-    own = {path: manifest for path, manifest in below.items() if not is_aside(path.relative_to(here))}
+    deep = len(here.parts)
+    below = {path: manifest for path, manifest in ledger.manifests.items() if path.parts[:deep] == here.parts}
+    own = {path: manifest for path, manifest in below.items() if not is_aside(path.parts[deep:])}
     if not own and not (folder / EXPERIMENT_FILE).is_file():
         refuse_no_run(folder)
     lines = [_committed(ledger, path, manifest, here) for path, manifest in own.items()]
-    lines += begun(here)
+    lines += begun([path for path in ledger.survey.scratches if path.parts[:deep] == here.parts], here)
     if (folder / EXPERIMENT_FILE).is_file():
         experiment = Experiment.load(folder / EXPERIMENT_FILE)
         lines += _missing(experiment, {line.name for line in lines})
@@ -82,9 +84,9 @@ def _committed(ledger: Ledger, path: Path, manifest: Manifest, run: Path) -> Lin
     return Line(name_of(path, run.parent), state, stats.get("seconds"), stats.get("rows"), number)
 
 
-def begun(run: Path) -> Iterator[Line]:
-    """What is in the making, or was."""
-    for scratch in scratches(run):
+def begun(scratches: Sequence[Path], run: Path) -> Iterator[Line]:
+    """What is in the making in a run, or was."""
+    for scratch in scratches:
         name = scratch.name.removeprefix(SCRATCH).rpartition("-")[0]
         running = is_held(scratch / "log.txt")
         parts = len(list(scratch.glob("part-*.parquet")))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from flows.lineage import Ledger
-from pipeline.artifacts import MANIFEST, Artifact, digest_of
+from pipeline.artifacts import Artifact, digest_of
 from pipeline.catalog import EXPERIMENT_FILE, name_of
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.settings import read_toml
+from pipeline.storage import MANIFEST
 
 Kind = Literal["policy", "reward_model", "critic"]
 

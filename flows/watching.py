@@ -13,21 +13,22 @@ from rich.text import Text
 
 from flows.sheets import out
 from flows.status import about, begun
-from pipeline.artifacts import MANIFEST
-from pipeline.catalog import EXPERIMENT_FILE, Entry, artifacts_of, refuse_no_run
+from pipeline.catalog import EXPERIMENT_FILE, Entry, Survey, artifacts_of, refuse_no_run
 from pipeline.experiment import Experiment
 from pipeline.inspecting.curves import by_iteration
+from pipeline.storage import MANIFEST
 
 CURVES = {
-    "reward": ("labels", "reward/mean"), "accuracy": ("labels", "accuracy/mean"),
-    "pass@k": ("labels", "accuracy/pass_at_k"), "maj@k": ("labels", "accuracy/majority_at_k"),
-    "length [tokens]": ("rollouts", "length/mean"), "cut": ("rollouts", "length/cut"),
-    "no signal": ("advantages", "reward/zero_signal_groups"), "KL to reference [nat]": ("scores", "kl/reference"),
-    "|sampler - trainer| [nat]": ("scores", "kl/sampler_abs"), "entropy [nat]": ("policy", "entropy/mean"),
-    "clip low": ("policy", "clip/low"), "clip high": ("policy", "clip/high"), "gradient": ("policy", "grad/norm"),
-    "explained variance": ("critic", "value/explained_variance"),
+    "reward": ("reward/mean", "labels"), "accuracy": ("accuracy/mean", "labels"),
+    "pass@k": ("accuracy/pass_at_k", "labels"), "maj@k": ("accuracy/majority_at_k", "labels"),
+    "length [tokens]": ("length/mean", "rollouts"), "cut": ("length/cut", "rollouts"),
+    "no signal": ("reward/zero_signal_groups", "advantages"),
+    "KL to reference [nat]": ("kl/reference", "scores", "policy"),
+    "|sampler - trainer| [nat]": ("kl/sampler_abs", "scores", "policy"), "entropy [nat]": ("entropy/mean", "policy"),
+    "clip low": ("clip/low", "policy"), "clip high": ("clip/high", "policy"), "gradient": ("grad/norm", "policy"),
+    "explained variance": ("value/explained_variance", "critic"),
 }  # fmt: skip
-"""What is shown -> the kind that measures it, and its name."""
+"""What is shown -> its name, and the kinds that measure it: the first that did."""
 
 AT_THE_END = ("accuracy", "reward", "pass@k", "maj@k", "length [tokens]", "cut", "KL to reference [nat]")
 """Those that are shown of held-out prompts."""
@@ -65,7 +66,8 @@ def view(folder: Path) -> RenderableType:
     entries = [Entry.of(artifact) for artifact in artifacts_of(folder)]
     numbers = by_iteration(entries)
     lines = [Text(line) for line in about(folder, experiment)]
-    lines += [Text(f"{line.name}: {line.state}, {line.note}") for line in begun(folder.resolve())]
+    here = folder.resolve()
+    lines += [Text(f"{line.name}: {line.state}, {line.note}") for line in begun(Survey.of(here).scratches, here)]
     lines.append(Text(_time_left(folder, experiment)))
     parts: list[RenderableType] = [*lines]
     loop = numbers.filter(phase="loop")
@@ -77,15 +79,16 @@ def view(folder: Path) -> RenderableType:
     return Group(*parts)
 
 
-def _table(title: str, numbers: pl.DataFrame, curves: dict[str, tuple[str, str]]) -> Table:
+def _table(title: str, numbers: pl.DataFrame, curves: dict[str, tuple[str, ...]]) -> Table:
     """A line for each curve that was measured: all iterations as bars, the last ones as numbers."""
     iterations = sorted(numbers["iteration"].unique())
     last = iterations[-min(LAST, max(1, (out.width - BESIDE) // NARROW)) :]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
     for header in ("", "all", *(f"{number:04d}" for number in last)):
         table.add_column(header, no_wrap=True)
-    for shown, (kind, name) in curves.items():
-        rows = numbers.filter(kind=kind, name=name)
+    for shown, (name, *kinds) in curves.items():
+        measured = (numbers.filter(kind=kind, name=name) for kind in kinds)
+        rows = next((rows for rows in measured if rows.height), numbers.clear())
         values = dict(zip(rows["iteration"], rows["value"], strict=True))
         if values:
             cells = (f"{values[number]:.3g}" if number in values else "" for number in last)

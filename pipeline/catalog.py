@@ -12,7 +12,8 @@ runs/NAME/                     a run: it has an experiment.toml
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,11 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import MANIFEST, METRICS_FILE, SCRATCH, Artifact, InputRecord
+from pipeline import storage
+from pipeline.artifacts import METRICS_FILE, PRUNED, SCRATCH, Artifact, InputRecord
 from pipeline.contracts import METRICS
 from pipeline.errors import ArtifactError
+from pipeline.storage import MANIFEST
 
 EXPERIMENT_FILE = "experiment.toml"
 REPLACED = ".replaced"
@@ -84,13 +87,13 @@ def refuse_no_run(folder: Path) -> None:
 
 
 def find_runs(patterns: Iterable[str | Path]) -> list[Path]:
-    """The runs that are meant: a run, a directory of runs, or a pattern such as `runs/*`, each run once.
+    """The runs that are meant: a run, a directory of runs, their URL, or a pattern such as `runs/*`, each run once.
 
     Raises `ArtifactError` for a path that is none of them, and for a pattern that no run answers to.
     """
     found: dict[Path, Path] = {}
     for pattern in map(str, patterns):
-        path = Path(pattern)
+        path = storage.at_hand(pattern)
         places = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         runs = [place for place in places if (place / EXPERIMENT_FILE).is_file()]
         if not runs and path.is_dir():
@@ -105,7 +108,7 @@ def find_runs(patterns: Iterable[str | Path]) -> list[Path]:
 
 def name_of(path: Path, root: Path) -> str:
     """How people call an artifact of a run: `0003/labels-0`, `eval/0000/labels`, `sft`."""
-    return "/".join(path.relative_to(root).parts[1:])
+    return "/".join(path.parts[len(root.parts) + 1 :])
 
 
 def is_redone(path: Path, of: str | None = None) -> bool:
@@ -114,40 +117,58 @@ def is_redone(path: Path, of: str | None = None) -> bool:
     return bool(dot) and (of is None or name == of)
 
 
-def manifests(root: Path) -> Iterator[Path]:
-    """Of everything below `root` that is committed and in its place."""
-    for folder, names, files in os.walk(root):
-        if MANIFEST in files:
-            names.clear()  # no artifact lies in another
-            yield Path(folder, MANIFEST)
-        names[:] = [name for name in names if name != REPLACED and not name.startswith(SCRATCH)]
+@dataclass(frozen=True)
+class Survey:
+    """What lies below a directory, from one walk."""
+
+    committed: dict[Path, int]
+    """Every artifact that is in its place, and when it was made (nanoseconds)."""
+    pruned: frozenset[Path]
+    """Those of them whose weights were deleted."""
+    scratches: list[Path]
+    """Of stages that run now, or that were interrupted and go on when run again."""
+
+    @classmethod
+    def of(cls, root: Path) -> "Survey":
+        """Walk through `root`; what was replaced is left out, and no artifact lies in another."""
+        committed, pruned, scratches = {}, [], []
+        waiting = [str(root)]
+        while waiting:
+            here = waiting.pop()
+            with suppress(OSError):  # moved away meanwhile, by a run that goes on
+                with os.scandir(here) as listed:
+                    entries = {entry.name: entry for entry in listed}
+                if (manifest := entries.get(MANIFEST)) is not None:
+                    committed[Path(here)] = manifest.stat().st_mtime_ns
+                    pruned += [Path(here)] if PRUNED in entries else []
+                    continue
+                for name, entry in entries.items():
+                    if name.startswith(SCRATCH):
+                        scratches.append(Path(entry.path))
+                    elif name != REPLACED and entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        return cls(committed, frozenset(pruned), sorted(scratches))
+
+    def in_order(self) -> list[Path]:
+        """The artifacts in the order of their making."""
+        return sorted(sorted(self.committed), key=self.committed.__getitem__)
 
 
-def scratches(root: Path) -> list[Path]:
-    """Scratch directories below `root`: of stages that run now, or that were interrupted and go on when run again."""
-    found = []
-    for folder, names, files in os.walk(root):
-        found += [Path(folder, name) for name in names if name.startswith(SCRATCH)]
-        names[:] = [] if MANIFEST in files else [name for name in names if not name.startswith(SCRATCH)]
-    return sorted(found)
-
-
-def is_aside(path: Path) -> bool:
-    """Whether something lies in a place that no run goes by: what `rlhf compare` and `rlhf relabel` made."""
-    return COMPARE in path.parts or RELABELED in path.parts
+def is_aside(parts: Sequence[str]) -> bool:
+    """Whether a path inside a run leads to a place that no run goes by: what `rlhf compare` and `rlhf relabel` made."""
+    return COMPARE in parts or RELABELED in parts
 
 
 def artifacts_of(folder: Path) -> list[Artifact]:
     """Every artifact that a run goes by, in the order of its making."""
     found = (one for one in _committed(folder) if not is_redone(one.path))
-    return [one for one in found if not is_aside(one.path.relative_to(folder))]
+    return [one for one in found if not is_aside(one.path.relative_to(folder).parts)]
 
 
 def _committed(folder: Path) -> list[Artifact]:
     """What a run has made, in the order of its making; variants among it, other recipes' credit not."""
-    found = [path for path in manifests(folder) if COMPARE not in path.relative_to(folder).parts]
-    ordered = sorted(sorted(found), key=lambda path: path.stat().st_mtime_ns)
-    return [Artifact.open(path.parent) for path in ordered]
+    ordered = Survey.of(folder).in_order()
+    return [Artifact.open(path) for path in ordered if COMPARE not in path.relative_to(folder).parts]
 
 
 def catalog(runs: Sequence[Path]) -> list[Entry]:
@@ -166,8 +187,13 @@ def catalog(runs: Sequence[Path]) -> list[Entry]:
 
 
 def lies_at(record: InputRecord, roots: Iterable[Path]) -> Path | None:
-    """Where an input lies today: at its path, or in the same place below a root that was moved; None if gone."""
-    recorded = Path(record.path)
+    """Where an input lies today: at its path, or in the same place below a root that was moved; None if gone.
+
+    What lies in object storage is fetched.
+    """
+    recorded = record.place
+    if not recorded.exists():
+        storage.fetch(recorded)
     moved = (root / Path(*recorded.parts[start:]) for root in roots for start in range(1, len(recorded.parts)))
     return next((path.resolve() for path in (recorded, *moved) if path.exists()), None)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifacts import MANIFEST, Artifact, place_of
+from pipeline.artifacts import Artifact, place_of
 from pipeline.catalog import is_redone, lies_at
 from pipeline.errors import ArtifactError, ContractError
+from pipeline.storage import MANIFEST
 from pipeline.text import Chat
 
 KEY = ["prompt_id", "sample"]

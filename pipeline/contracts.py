@@ -468,6 +468,10 @@ ADVANTAGES = Contract(
         _OLD,
         _REF,
         _VALUES,
+        Field(
+            "sampler_logprobs", FLOATS, "the engine's, where no model has read them again (no old_logprobs)", "nat",
+            null=True, optional=True,
+        ),
         Field("reward", FLOAT32, "before shaping", "reward"),
         Field("shaped_reward", FLOAT32, "sum over tokens after shaping", "reward"),
         Field("correct", BOOL, "for losses that imitate correct responses", null=True),
@@ -477,10 +481,13 @@ ADVANTAGES = Contract(
     group="prompt_id",
     invariants=(
         _not_empty("response_tokens"),
-        _same_length_as("response_tokens", "advantages", "returns", "old_logprobs", "ref_logprobs", "values"),
+        _same_length_as(
+            "response_tokens", "advantages", "returns", "old_logprobs", "ref_logprobs", "values", "sampler_logprobs"
+        ),
         _finite("advantages"),
         _finite("returns"),
         _logprobs("old_logprobs"),
+        _logprobs("sampler_logprobs"),
         _logprobs("ref_logprobs"),
         _finite("values"),
     ),

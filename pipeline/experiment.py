@@ -65,6 +65,8 @@ class Data(Settings):
     """What the loop asks."""
     held_out: DataSlice | None = None
     """What evaluation asks; no evaluation when absent."""
+    test_time: bool = False
+    """The prompts may be those held out: training on the test's questions, never on its answers (arXiv:2504.16084)."""
     documents: DataSlice | None = None
     """Plain text, for recipes that mix it in."""
     held_out_documents: DataSlice | None = None
@@ -94,6 +96,8 @@ class Sft(Settings):
     """AdamW's, on matrices."""
     documents_share: float = Field(0.0, ge=0, lt=1)
     """Share of the examples that are documents rather than demonstrations."""
+    tokens: int | None = Field(None, ge=1)
+    """Longest demonstration, prompt included; what the loop's prompts and responses may have together when absent."""
 
 
 class Feedback(Settings):
@@ -285,8 +289,10 @@ class Resources(Settings):
 
     engine: str = "vllm"
     """Who samples: `vllm`, `transformers`, `scripted`."""
-    launcher: Literal["inline", "process"] = "inline"
-    """Where stages run: in this process, or each in its own."""
+    launcher: Literal["inline", "process", "torchrun"] = "inline"
+    """Where stages run: in this process, each in its own, or those that train and read with a model in several."""
+    torchrun: tuple[str, ...] = ("--standalone", "--nproc-per-node=auto")
+    """What torchrun is told (launcher `torchrun`): how many processes, and where other nodes meet."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the sampler. Training and scoring compute in float32."""
     micro_batch_tokens: int = Field(16384, ge=1)

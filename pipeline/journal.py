@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic_core import PydanticSerializationError, to_json
+
 DIGITS = 16
 """Hex digits of a line's hash."""
 
@@ -48,7 +50,10 @@ class Journal:
 
     def add(self, entry: Any) -> None:
         """Keep a value that JSON can hold."""
-        text = json.dumps(entry, separators=(",", ":")).encode()
+        try:
+            text = to_json(entry)  # eight times as fast on numbers
+        except PydanticSerializationError:  # half a surrogate pair: no UTF-8, but JSON has a way to write it
+            text = json.dumps(entry, separators=(",", ":")).encode()
         self._file.write(self._hash(text) + b" " + text + b"\n")
         self._file.flush()
 

@@ -1,8 +1,10 @@
 """How a stage is run. The stage is the same, and so is its artifact; where the work happens is a resource.
 
-inline    in this process: engines and models stay warm from one iteration to the next
-process   the command that a person would type, in a process of its own: memory comes back when it ends, and
-          each stage can have its own interpreter
+inline     in this process: engines and models stay warm from one iteration to the next
+process    the command that a person would type, in a process of its own: memory comes back when it ends, and
+           each stage can have its own interpreter
+torchrun   the same, in as many processes as torchrun is told to start, for the stages that train or read with a model;
+           the others as under `process`
 """
 
 import json
@@ -25,7 +27,8 @@ import psutil
 from pipeline.artifacts import Artifact
 from pipeline.errors import ExperimentError, PipelineError
 from pipeline.experiment import Experiment
-from pipeline.stage import ERROR_FILE, LIFELINE, Stage, StageSettings
+from pipeline.lifeline import LIFELINE
+from pipeline.stage import ERROR_FILE, Stage, StageSettings
 
 GRACE = 5.0
 """Seconds in which a process that is ended may put its things in order."""
@@ -55,6 +58,8 @@ def launch(
         return stage.run(out, settings, **paths)
     python = resources.python.get(stage.name, sys.executable)
     command = stage.command(out, settings, experiment, python, **paths)
+    if resources.launcher == "torchrun" and stage.ranks:
+        command[1:1] = ["-m", "pipeline.torchrun", *resources.torchrun]
     ended = _run(command)
     if ended.code == 0:
         return Artifact.open(out)
@@ -104,10 +109,11 @@ def _run(command: list[str]) -> _Ended:
     output = None if os.isatty(2) else subprocess.PIPE
     theirs, ours = os.pipe()
     try:
-        with tempfile.TemporaryFile() as said:
-            environment = {**os.environ, LIFELINE: str(theirs), ERROR_FILE: str(said.fileno())}
+        with tempfile.TemporaryDirectory() as folder:
+            said = Path(folder) / "error.json"
+            environment = {**os.environ, LIFELINE: str(theirs), ERROR_FILE: str(said)}
             child = subprocess.Popen(  # noqa: S603
-                command, start_new_session=True, pass_fds=(theirs, said.fileno()), env=environment,
+                command, start_new_session=True, pass_fds=(theirs,), env=environment,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if output else None,
             )  # fmt: skip
             with child, _relayed(child), _ended_with_us(child):
@@ -134,9 +140,10 @@ def _relayed(child: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 def _relay(source: BinaryIO) -> None:
     """Copy to stderr. Where nobody reads that any more, go on reading: the child's work is not to fail for it."""
-    while chunk := os.read(source.fileno(), 1 << 16):
-        with suppress(OSError):
-            os.write(2, chunk)
+    with suppress(ValueError):  # closed: whoever waited for the rest has given up
+        while chunk := os.read(source.fileno(), 1 << 16):
+            with suppress(OSError):
+                os.write(2, chunk)
 
 
 @contextmanager
@@ -181,13 +188,11 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _error_in(said: BinaryIO) -> PipelineError | None:
+def _error_in(said: Path) -> PipelineError | None:
     """The error that a child wrote: the same class with the same words."""
-    said.seek(0)
-    text = said.read()
-    if not text:
+    if not said.exists():
         return None
-    told = json.loads(text)
+    told = json.loads(said.read_bytes())
     kinds = {kind.__name__: kind for kind in _kinds(PipelineError)}
     return kinds[told["kind"]](told["what"], told["where"], told["do"])
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.contracts import METRICS
+from pipeline.ranks import rank
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Console:
 
 def _write(text: str) -> None:
     """Show text; where nobody reads any more (the worker that started this is gone), the work goes on unseen."""
+    if rank():
+        return
     with suppress(BrokenPipeError):
         sys.stderr.write(text)
         sys.stderr.flush()

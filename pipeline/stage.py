@@ -13,12 +13,11 @@ import dataclasses
 import inspect
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints
@@ -26,11 +25,13 @@ from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints
 import tomli_w
 from pydantic import ValidationError
 
+from pipeline import lifeline, storage
 from pipeline.artifacts import (
     Artifact,
     InputRecord,
     Manifest,
     Outbox,
+    Shadow,
     digest_of,
     file_record,
     fingerprint_of,
@@ -42,16 +43,14 @@ from pipeline.errors import ArtifactError, BusyError, ExperimentError, InputErro
 from pipeline.experiment import Experiment
 from pipeline.locks import PAUSE
 from pipeline.metrics import console
+from pipeline.ranks import count, rank
 from pipeline.settings import Settings, explain, flat, override
 
 FILES: Final = "files"
 """Marks an input that is files from outside rather than an artifact."""
 
-LIFELINE: Final = "RLHF_LIFELINE"
-"""Environment variable with the number of a pipe that closes when the process that launched this one ends."""
-
 ERROR_FILE: Final = "RLHF_ERROR_FILE"
-"""Environment variable with the number of an open file: the launcher reads there what went wrong, and raises it."""
+"""Environment variable with the path of a file: the launcher reads there what went wrong, and raises it."""
 
 OTHER_BYTES: Final = "has other bytes"
 """What is said of an input that is not what it was."""
@@ -119,6 +118,8 @@ class Stage:
     version: int
     hardware: str
     """`cpu`, or `gpu` where one helps."""
+    ranks: bool
+    """Whether several processes can share its work under torchrun."""
     settings_type: type[StageSettings]
     inputs_type: type[Any]
     inputs: tuple[InputSpec, ...]
@@ -153,16 +154,35 @@ class Stage:
                 _ensure_sound(opened)
                 looked_at = True
             try:
-                outbox = Outbox(
-                    out, self.contract(settings), self.name, self.version, fingerprint,
-                    settings.model_dump(mode="json"), _records(opened),
-                )  # fmt: skip
+                outbox = self._outbox(Outbox, out, settings, opened, fingerprint)
             except BusyError as busy:
                 console.progress(f"waiting: {busy.what}")
                 time.sleep(PAUSE)
                 continue
+            _agreed(True)
             return self._made(outbox, settings, opened)
+        _agreed(False)
         return done
+
+    def follow(self, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> None:
+        """Do this process's share where rank 0 runs this computation; nothing where that finds it done."""
+        opened, fingerprint = self._identify(settings, paths)
+        if not _agreed(False):
+            return
+        _ensure_sound(opened)
+        shadow = self._outbox(Shadow, out, settings, opened, fingerprint)
+        try:
+            self.function(self._inputs(opened), settings, shadow)
+        finally:
+            shadow.close()
+
+    def _outbox(
+        self, kind: type[Outbox], out: Path, settings: StageSettings, opened: "Opened", fingerprint: str
+    ) -> Outbox:
+        return kind(
+            out, self.contract(settings), self.name, self.version, fingerprint, settings.model_dump(mode="json"),
+            _records(opened),
+        )  # fmt: skip
 
     def _made(self, outbox: Outbox, settings: StageSettings, opened: "Opened") -> Artifact:
         console.subject = f"{outbox.target.parent.name}/{outbox.target.name}"
@@ -226,22 +246,22 @@ class Stage:
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
-        if (pipe := os.environ.pop(LIFELINE, None)) is not None:
-            threading.Thread(target=_end_with_launcher, args=(int(pipe),), daemon=True).start()
+        lifeline.hold()
         report = os.environ.pop(ERROR_FILE, None)
         try:
-            self.run_arguments(self.parser().parse_args(arguments))
+            with _joined():
+                self.run_arguments(self.parser().parse_args(arguments))
         except PipelineError as error:
             if report is None:
                 sys.stderr.write(f"error: {error}\n")
             else:
                 told = {"kind": type(error).__name__, "what": error.what, "where": error.where, "do": error.do}
-                with os.fdopen(int(report), "w", encoding="utf-8") as file:
+                with suppress(FileExistsError), Path(report).open("x", encoding="utf-8") as file:
                     json.dump(told, file)
             sys.exit(error.exit_code)
 
-    def run_arguments(self, given: argparse.Namespace) -> Artifact:
-        """Run what a parsed command line asks for and say where it lies."""
+    def run_arguments(self, given: argparse.Namespace) -> Artifact | None:
+        """Run what a parsed command line asks for and say where it lies; None where another process writes it."""
         changes = override({}, given.set)
         experiment = Experiment.load(given.experiment) if given.experiment else None
         paths = {spec.name: getattr(given, spec.name) for spec in self.inputs}
@@ -249,7 +269,11 @@ class Stage:
             base = {name: _plain(v) for name, v in self.settings_type.slice(experiment, changes).items()}
             touched = override(base, given.set)
             changes = {name: touched[name] for name in changes}
-        artifact = self.run(given.out, self.settings_type.of(experiment, changes), **paths)
+        settings = self.settings_type.of(experiment, changes)
+        if rank():
+            self.follow(given.out, settings, **paths)
+            return None
+        artifact = self.run(given.out, settings, **paths)
         sys.stderr.write(f"{self.name} -> {artifact.path}  digest {artifact.manifest.digest[:16]}\n")
         return artifact
 
@@ -264,8 +288,9 @@ class Stage:
         for spec in self.inputs:
             what = "files from outside" if spec.contract is None else f"{spec.contract.name} artifact"
             parser.add_argument(
-                f"--{spec.name.replace('_', '-')}", dest=spec.name, type=Path, nargs="+" if spec.many else None,
-                required=not spec.optional, metavar="PATH", help=what + (" (optional)" if spec.optional else ""),
+                f"--{spec.name.replace('_', '-')}", dest=spec.name, type=storage.place,
+                nargs="+" if spec.many else None, required=not spec.optional, metavar="PATH",
+                help=what + (" (optional)" if spec.optional else ""),
             )  # fmt: skip
         parser.add_argument("--experiment", type=Path, help="take the settings from this experiment file")
         parser.add_argument(
@@ -275,7 +300,7 @@ class Stage:
             metavar="NAME=VALUE",
             help="change one setting (nothing after =: none)",
         )
-        parser.add_argument("--out", type=Path, required=True, help="directory to make")
+        parser.add_argument("--out", type=storage.place, required=True, help="directory to make")
         return parser
 
     def _identify(self, settings: StageSettings, paths: Paths) -> tuple["Opened", str]:
@@ -284,7 +309,7 @@ class Stage:
         return opened, fingerprint_of(self.name, self.version, given, _records(opened))
 
     def _reuse(self, out: Path, settings: StageSettings, opened: "Opened", fingerprint: str) -> Artifact | None:
-        if not out.exists():
+        if not out.exists() and not storage.fetch(out):
             return None
         there = Artifact.open(out)
         if there.manifest.fingerprint == fingerprint:
@@ -349,7 +374,7 @@ Opened = dict[str, "list[Artifact | ForeignFile]"]
 
 
 def stage(
-    *, writes: Contract | tuple[Contract, ...], version: int, hardware: str = "cpu"
+    *, writes: Contract | tuple[Contract, ...], version: int, hardware: str = "cpu", ranks: bool = False
 ) -> Callable[[Callable[[Any, Any, Outbox], None]], Stage]:
     """Turn `name(inputs, settings, out)` into a `Stage`. `version` rises when results change."""
 
@@ -359,7 +384,7 @@ def stage(
         specs = tuple(InputSpec.of(f.name, fields[f.name]) for f in dataclasses.fields(hints["inputs"]))
         kinds = writes if isinstance(writes, tuple) else (writes,)
         return Stage(
-            function.__name__, function, kinds, version, hardware, hints["settings"], hints["inputs"], specs
+            function.__name__, function, kinds, version, hardware, ranks, hints["settings"], hints["inputs"], specs
         )  # fmt: skip
 
     return decorate
@@ -389,14 +414,20 @@ def digest_of_file(path: Path) -> str:
     return digest_of({p.name if p == path else p.relative_to(path).as_posix(): file_record(p) for p in files})
 
 
+_sound: set[tuple[str, int, str]] = set()
+"""Contract, its version and the digest of tables that keep it: whether they do is a function of their bytes."""
+
+
 def _ensure_sound(opened: Opened) -> None:
     """Raise unless all inputs are as they were made, and tables keep their contract."""
     for artifacts in opened.values():
         for item in artifacts:
             if isinstance(item, Artifact):
                 item.ensure_whole()
-                if item.contract.is_table:
+                known = (item.contract.name, item.contract.version, digest_of(item.manifest.files))
+                if item.contract.is_table and known not in _sound:
                     item.check()
+                    _sound.add(known)
 
 
 def _records(opened: Opened) -> dict[str, list[InputRecord]]:
@@ -435,9 +466,25 @@ def _key(name: str) -> str:
     return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
 
 
-def _end_with_launcher(pipe: int) -> None:
-    os.read(pipe, 1)  # returns when the other end closes, however its process ended
-    os.killpg(0, signal.SIGKILL)
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Be one of several processes, where torchrun started this one. torch is not imported otherwise."""
+    if count() == 1:
+        yield
+        return
+    from pipeline.models.distributed import joined
+
+    with joined():
+        yield
+
+
+def _agreed(make: bool) -> bool:
+    """Whether there is something to make, as rank 0 says."""
+    if count() == 1:
+        return make
+    from pipeline.models.distributed import told
+
+    return bool(told(make))
 
 
 def _settings_help(settings_type: type[StageSettings]) -> str:

@@ -4,12 +4,17 @@ Responses are tokenized once, by whoever wrote them; here are prompts, demonstra
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactError, InputError
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Where a chat template says that the assistant writes."""
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -39,19 +44,23 @@ class Chat:
 
     def prompt_tokens(self, messages: Messages) -> list[int]:
         """The conversation up to where the assistant begins to write."""
-        return self._apply(messages, add_generation_prompt=True)
+        return list(self._apply(messages, add_generation_prompt=True))
 
     def demonstration(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Tokens of a whole conversation, and True where the assistant wrote them (its end token included).
 
-        Raises `InputError` for a conversation that the assistant begins, and for a template that writes a turn
-        differently once more turns follow: there is then no telling which tokens are the assistant's.
+        A template that marks the assistant's turns (`{% generation %}`) tells which those are. Of another, the
+        conversation up to a turn must be the beginning of the whole.
+        Raises `InputError` for a conversation that the assistant begins, for a turn that does not end with an end
+        token, and for a template without marks that writes a turn differently once more turns follow.
         """
         if messages[0]["role"] == "assistant":
             raise InputError(
                 f"a conversation begins with the assistant, answering nothing: {messages[0]['content'][:60]!r}",
                 do="leave such conversations out",
             )
+        if _MARKS.search(self.tokenizer.chat_template):
+            return self._marked(messages)
         tokens = self._apply(messages)
         mask = [False] * len(tokens)
         for turn, message in enumerate(messages):
@@ -62,10 +71,23 @@ class Chat:
                 raise InputError(
                     "the chat template is not prefix-preserving: the assistant's tokens cannot be told apart",
                     str(self.checkpoint),
-                    "use a training variant of the template",
+                    "use a variant of the template that marks the assistant's turns with {% generation %}",
                 )
             written = self._until_end(tokens[len(start) : len(end)])
             mask[len(start) : len(start) + written] = [True] * written
+        return tokens, mask
+
+    def _marked(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Tokens and mask where the template says whose they are; each turn up to its end token."""
+        made = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
+        tokens, mask = list(made["input_ids"]), [bool(mine) for mine in made["assistant_masks"]]
+        start = 0
+        for mine, run in groupby(mask):
+            end = start + len(list(run))
+            if mine:
+                written = self._until_end(tokens[start:end])
+                mask[start + written : end] = [False] * (end - start - written)
+            start = end
         return tokens, mask
 
     def _until_end(self, tokens: Sequence[int]) -> int:
@@ -119,14 +141,13 @@ class Chat:
             "end_tokens": ",".join(map(str, self.stop_ids)),
         }
 
-    def _apply(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
+    def _apply(self, messages: Messages, **more: bool) -> Any:
+        """What the template makes of messages; `more` is passed on."""
         from jinja2 import TemplateError
 
         plain = [{"role": m["role"], "content": m["content"]} for m in messages]
         try:
-            tokens = self.tokenizer.apply_chat_template(
-                plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-            )
+            return self.tokenizer.apply_chat_template(plain, tokenize=True, **{"return_dict": False, **more})
         except TemplateError as error:
             roles = ", ".join(m["role"] for m in plain) or "none"
             raise InputError(
@@ -134,4 +155,3 @@ class Chat:
                 str(self.checkpoint),
                 "leave such conversations out, or use another template",
             ) from error
-        return list(tokens)

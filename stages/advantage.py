@@ -1,39 +1,45 @@
 """rollouts, labels (, scores) -> advantages: shaping, credit, normalization, importance; the one join.
 
-All rows of the iteration are handed to the pieces at once: statistics over groups or over the batch then cannot
-depend on how the rows are split into parts.
+Rows are read in blocks of whole groups and never held all at once. Statistics over groups then cannot depend on how the
+rows are split into parts; those over the iteration are gathered over the blocks first, and the blocks are a function of
+the rows alone. Padding is as wide as the longest kept response of all: sums over tokens are taken in the same order
+whichever rows stand beside.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from pipeline import ragged
 from pipeline.algorithms.advantages import ADVANTAGES, Credit
 from pipeline.algorithms.importance import IMPORTANCE
+from pipeline.algorithms.moments import Moments
 from pipeline.algorithms.normalizers import NORMALIZERS
 from pipeline.algorithms.shaping import SHAPES, on_last_token
-from pipeline.algorithms.shelf import FROM_MODELS, Line, Piece
+from pipeline.algorithms.shelf import Line, Piece
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import ADVANTAGES as TABLE
 from pipeline.contracts import LABELS, ROLLOUTS, SCORES
 from pipeline.errors import ContractError
 from pipeline.experiment import Experiment
+from pipeline.joining import KEY, Scores, blocks, cuts, groups, kept, with_columns
 from pipeline.stage import StageSettings, stage
-from pipeline.training.explained import explained_variance
 
 Columns = dict[str, Any]
 PART_ROWS = 4096
-KEY = ["prompt_id", "sample"]
+ELEMENTS = 1 << 20
+"""Padded tokens that pieces are handed at once, where a group has no more."""
 READ = (*KEY, "prompt_tokens", "response_tokens", "finish")
 """Columns of the rollouts."""
-GREEDY = -1
-"""The `sample` of the greedy response."""
+SAMPLER = "sampler_logprobs"
+READ_BY_MODELS = ("old_logprobs", "ref_logprobs", "values")
+"""Columns of the scores."""
 
 
 class Settings(StageSettings):
@@ -67,79 +73,19 @@ class Inputs:
     scores: Annotated[Artifact | None, SCORES] = None
 
 
-def joined(
-    rollouts: Sequence[Artifact], labels: Sequence[Artifact], scores: Artifact | None, *, sampler: bool = True
-) -> pa.Table:
-    """One table of the kept rows: rollouts with their labels and, where there are any, their scores.
+def columns_of(table: pa.Table, width: int | None = None) -> Columns:
+    """The columns that pieces may ask for, padded to [B, T]; those that some row lacks are left out.
 
-    The `sampler`'s log-probabilities are as large as all else and may be left out. Columns that training does not read
-    are not read here.
-
-    Column `greedy` is the reward of the greedy response to the same prompt, kept or not; null without one.
-    Raises `ContractError` when keys do not match.
+    T is the longest row unless `width` says more.
     """
-    if len(rollouts) != len(labels):
-        raise ContractError(f"{len(rollouts)} rollouts but {len(labels)} labels", do="name both once per round")
-    names = [*READ, *(["sampler_logprobs"] if sampler else [])]
-    rounds = [_with_labels(a, b, names) for a, b in zip(rollouts, labels, strict=True)]
-    table = pa.concat_tables(rounds)
-    if not table.num_rows:
-        raise ContractError(
-            "no rows are kept: there is nothing to learn from", str(labels[0].path), "`rlhf show` it for the reasons"
-        )
-    return table if scores is None else _with_scores(table, scores)
-
-
-def _with_labels(rollouts: Artifact, labels: Artifact, names: list[str]) -> pa.Table:
-    responses, marks = rollouts.table(names), labels.table([*KEY, "reward", "correct", "keep"])
-    if responses.select(KEY) != marks.select(KEY):
-        raise ContractError("the labels are of other rollouts", f"{labels.path} and {rollouts.path}")
-    for name in ("reward", "correct", "keep"):
-        responses = responses.append_column(name, marks[name])
-    responses = responses.append_column("greedy", _greedy_rewards(marks))
-    return responses.filter(marks["keep"]).replace_schema_metadata(None)
-
-
-def _greedy_rewards(marks: pa.Table) -> pa.Array:
-    """The reward of the greedy response to each row's prompt; null where there is none."""
-    rows = marks.filter(pc.equal(marks["sample"], GREEDY))
-    if not rows.num_rows:
-        return pa.nulls(marks.num_rows, pa.float32())
-    greedy = dict(zip(rows["prompt_id"].to_pylist(), rows["reward"].to_pylist(), strict=True))
-    return pa.array([greedy.get(prompt_id) for prompt_id in marks["prompt_id"].to_pylist()], pa.float32())
-
-
-def _with_scores(table: pa.Table, scores: Artifact) -> pa.Table:
-    read = scores.table().replace_schema_metadata(None)
-    place = {key: row for row, key in enumerate(_keys(read))}
-    missing = [key for key in _keys(table) if key not in place]
-    if missing:
-        raise ContractError(
-            f"{len(missing)} kept rows have no scores; first: {missing[:5]}",
-            str(scores.path),
-            "run `score` on these labels",
-        )
-    read = read.take([place[key] for key in _keys(table)])
-    for name in FROM_MODELS:
-        if name in read.column_names:
-            table = table.append_column(name, read[name])
-    return table
-
-
-def _keys(table: pa.Table) -> list[tuple[str, int]]:
-    return list(zip(table["prompt_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-
-
-def columns_of(table: pa.Table) -> Columns:
-    """The columns that pieces may ask for, padded to [B, T]; those that some row lacks are left out."""
-    mask = ragged.mask_of(ragged.lengths(table["response_tokens"]))
+    mask = ragged.mask_of(ragged.lengths(table["response_tokens"]), width)
     columns: Columns = {
         "mask": mask,
-        "group": np.asarray(table["prompt_id"].combine_chunks().dictionary_encode().indices, dtype=np.int64),
+        "group": groups(table),
         "finished": np.asarray(pc.equal(table["finish"], "stop")),
         "rewards": on_last_token(table["reward"].to_numpy(), mask),
     }
-    for name in ("old_logprobs", "ref_logprobs", "values", "sampler_logprobs"):
+    for name in (*READ_BY_MODELS, SAMPLER):
         if name in table.column_names and table[name].null_count == 0:
             columns[name] = ragged.pad(table[name], mask.shape[1])
     if table["greedy"].null_count == 0:
@@ -171,23 +117,14 @@ class Pieces:
         every = (*self.shapers, self.advantage, self.normalizer, self.importance)
         return any(name in piece.needs for piece in every if piece is not None)
 
-    def refuse_gaps(self, table: pa.Table) -> None:
-        """Raise `ContractError` where a piece reads what rollouts and labels may lack, and some rows do."""
-        for piece in (self.advantage, self.importance):
-            if piece is None:
-                continue
-            for name in piece.needs:
-                if name in GAPS and table[name].null_count:
-                    rows = table.filter(table[name].is_null())
-                    first = ", ".join(dict.fromkeys(rows["prompt_id"].to_pylist()[:5]))
-                    raise ContractError(
-                        f"{piece.card.shelf} {piece.name!r} needs {name}, and {rows.num_rows} kept rows have none",
-                        f"prompts {first}",
-                        GAPS[name],
-                    )
+    @property
+    def gaps(self) -> list[tuple[Piece[Any], str]]:
+        """The columns they read that rollouts and labels may lack, and which piece does."""
+        several = [piece for piece in (self.advantage, self.importance) if piece is not None]
+        return [(piece, name) for piece in several for name in piece.needs if name in GAPS]
 
 
-GAPS = {
+GAPS: Mapping[str, str] = {
     "greedy": "sample with rollout.greedy = true, so that every group has its greedy response",
     "sampler_logprobs": "sample with an engine that tells its log-probabilities, or take `importance` out",
 }
@@ -205,92 +142,234 @@ class Credited:
     """What the advantages were multiplied by against the sampler's mismatch; None where nothing was."""
 
 
-def credited(columns: Columns, pieces: Pieces) -> Credited:
-    """Shape, assign credit, normalize, weigh. Returns are not weighed: a critic learns what was, not what counts."""
+def earned(columns: Columns, pieces: Pieces) -> Credited:
+    """Shape the rewards and assign the credit."""
     for shaper in pieces.shapers:
         columns = {**columns, "rewards": shaper(columns)}
-    credit = pieces.advantage(columns)
+    return Credited(pieces.advantage(columns), columns["rewards"], None)
+
+
+def credited(columns: Columns, pieces: Pieces, gathered: Any = None) -> Credited:
+    """Shape, assign credit, normalize, weigh. Returns are not weighed: a critic learns what was, not what counts.
+
+    `gathered` is what the normalizer must know of all rows where these are some of them.
+    """
+    made = earned(columns, pieces)
+    credit, weights = made.credit, None
     if pieces.normalizer is not None:
-        credit = replace(credit, advantages=pieces.normalizer({**columns, "advantages": credit.advantages}))
-    weights = None
+        scaled = pieces.normalizer({**columns, "advantages": credit.advantages}, gathered)
+        credit = replace(credit, advantages=scaled)
     if pieces.importance is not None:
         weights = pieces.importance(columns)
         credit = replace(credit, advantages=np.where(columns["mask"], credit.advantages * weights, 0))
-    return Credited(credit, columns["rewards"], weights)
+    return Credited(credit, made.shaped, weights)
 
 
-@stage(writes=TABLE, version=2)
+@dataclass(frozen=True)
+class Walk:
+    """The kept rows of an iteration with what models read, to be gone through more than once."""
+
+    inputs: Inputs
+    width: int
+    """Tokens of the longest response."""
+    in_order: bool
+    """Whether the scores are in the order of the kept rows."""
+
+    @classmethod
+    def over(cls, inputs: Inputs, pieces: Pieces) -> "Walk":
+        """Look at keys and lengths. Raises `ContractError` where keys do not match, nothing is kept or data is missing.
+
+        What is missing is what a piece reads, rollouts and labels may lack, and some rows do.
+        """
+        width, found = 0, {name: Gap(piece) for piece, name in pieces.gaps}
+        names = [*KEY, "response_tokens", *([SAMPLER] if SAMPLER in found else [])]
+        scores = None if inputs.scores is None else Scores(inputs.scores, ())
+        for block in blocks(kept(inputs.rollouts, inputs.labels, names), PART_ROWS):
+            width = max(width, int(ragged.lengths(block["response_tokens"]).max()))
+            for name, gap in found.items():
+                gap.look(block, name)
+            if scores is not None and scores.take(block.select(KEY)) is None:
+                scores = None
+        if not width:
+            raise ContractError(
+                "no rows are kept: there is nothing to learn from", str(inputs.labels[0].path),
+                "`rlhf show` it for the reasons",
+            )  # fmt: skip
+        for name, gap in found.items():
+            gap.refuse(name)
+        return cls(inputs, width, (inputs.scores is None) == (scores is None))
+
+    def reads(self, name: str) -> bool:
+        """Whether a model has read this column."""
+        return self.inputs.scores is not None and name in pq.read_schema(self.inputs.scores.part_paths()[0]).names
+
+    def blocks(self, of_rollouts: Sequence[str], of_scores: Sequence[str]) -> Iterator[pa.Table]:
+        """Blocks of whole groups with these columns; those of the scores only where the scores have them."""
+        rows = blocks(kept(self.inputs.rollouts, self.inputs.labels, of_rollouts), PART_ROWS)
+        if self.inputs.scores is None:
+            yield from rows
+            return
+        columns = [name for name in of_scores if self.reads(name)]
+        order = None if self.in_order else kept(self.inputs.rollouts, self.inputs.labels, KEY)
+        scores = Scores(self.inputs.scores, columns, None if order is None else (part.select(KEY) for part in order))
+        for block in rows:
+            read = scores.take(block.select(KEY))
+            if read is None:
+                raise ContractError("not the scores that were looked at just now", str(self.inputs.scores.path))
+            yield with_columns(block, {name: read[name] for name in columns})
+
+    def portions(self, block: pa.Table) -> Iterator[tuple[pa.Table, Columns]]:
+        """A block in portions of whole groups that pieces take at once, with their columns."""
+        for start, end in cuts(groups(block), max(1, ELEMENTS // self.width)):
+            rows = block.slice(start, end - start)
+            yield rows, columns_of(rows, self.width)
+
+    def gathered(self, pieces: Pieces) -> Any:
+        """What the normalizer must know of all rows; None where it needs nothing of that kind."""
+        if pieces.normalizer is None or pieces.normalizer.card.gather is None:
+            return None
+        names = [*KEY, "response_tokens", "finish"]
+        total = None
+        for block in self.blocks(names, [name for name in READ_BY_MODELS if pieces.read(name)]):
+            for _, columns in self.portions(block):
+                credit = earned(columns, pieces).credit
+                lot = pieces.normalizer.gather({**columns, "advantages": credit.advantages})
+                total = lot if total is None else total + lot
+        return total
+
+
+@dataclass
+class Gap:
+    """Rows without a column that a piece reads."""
+
+    piece: Piece[Any]
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
+    """Prompts of the first five."""
+
+    def look(self, table: pa.Table, name: str) -> None:
+        """Count the rows of a table."""
+        if table[name].null_count:
+            lacking = table["prompt_id"].filter(table[name].is_null())
+            self.rows += len(lacking)
+            self.first = [*self.first, *lacking.slice(0, 5).to_pylist()][:5]
+
+    def refuse(self, name: str) -> None:
+        """Raise `ContractError` where there are such rows."""
+        if self.rows:
+            raise ContractError(
+                f"{self.piece.card.shelf} {self.piece.name!r} needs {name}, and {self.rows} kept rows have none",
+                f"prompts {', '.join(dict.fromkeys(self.first))}",
+                GAPS[name],
+            )
+
+
+@stage(writes=TABLE, version=3)
 def advantage(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Turn rewards into credit per token, in one self-contained training table."""
     pieces = Pieces.of(settings)
-    table = joined(inputs.rollouts, inputs.labels, inputs.scores, sampler=pieces.read("sampler_logprobs"))
-    pieces.refuse_gaps(table)
-    columns = columns_of(table)
-    result = credited(columns, pieces)
-    credit = result.credit
-    mask = columns["mask"]
-    made: dict[str, Any] = {name: table[name] for name in ("prompt_id", "sample", "prompt_tokens", "response_tokens")}
+    walk = Walk.over(inputs, pieces)
+    gathered = walk.gathered(pieces)
+    of_rollouts = [*READ, *([SAMPLER] if pieces.read(SAMPLER) or not walk.reads("old_logprobs") else [])]
+    tally = Tally()
+    for index, block in enumerate(walk.blocks(of_rollouts, READ_BY_MODELS)):
+        made = []
+        for rows, columns in walk.portions(block):
+            result = credited(columns, pieces, gathered)
+            made.append(credit_of(rows, columns, result))
+            tally.add(made[-1], columns, result, pieces)
+        out.write(index, pa.concat_tables(made))
+    if len(inputs.rollouts) > 1:  # what holds in each round need not hold in all
+        TABLE.check_keys(pa.concat_tables(out.parts(KEY)), str(out.target))
+    for name, (value, unit) in tally.numbers().items():
+        out.metrics.add(name, value, unit)
+    out.stats["groups"] = tally.groups
+
+
+def credit_of(rows: pa.Table, columns: Columns, result: Credited) -> pa.Table:
+    """Rows of the advantages contract."""
+    credit, mask = result.credit, columns["mask"]
+    made: dict[str, Any] = {name: rows[name] for name in ("prompt_id", "sample", "prompt_tokens", "response_tokens")}
     made["advantages"] = ragged.unpad(credit.advantages, mask, pa.float32())
     made["returns"] = (
-        pa.nulls(table.num_rows, pa.list_(pa.float32()))
+        pa.nulls(rows.num_rows, pa.list_(pa.float32()))
         if credit.returns is None
         else ragged.unpad(credit.returns, mask, pa.float32())
     )
-    made |= {name: table[name] for name in ("old_logprobs", "ref_logprobs", "values") if name in table.column_names}
-    made["reward"] = table["reward"]
+    made |= {name: rows[name] for name in READ_BY_MODELS if name in rows.column_names}
+    if "old_logprobs" not in made:
+        made[SAMPLER] = rows[SAMPLER]  # `update` finds the others itself, and says how far they are apart
+    made["reward"] = rows["reward"]
     made["shaped_reward"] = pa.array(np.where(mask, result.shaped, 0).sum(axis=1), pa.float32())
-    made["correct"] = table["correct"]
+    made["correct"] = rows["correct"]
     made["finished"] = pa.array(columns["finished"])
-    whole = pa.table(made)
-    for index, (start, end) in enumerate(cuts(columns["group"], PART_ROWS)):
-        out.write(index, whole.slice(start, end - start))
-    rewards = {name: np.asarray(made[name].to_numpy(), np.float64) for name in ("reward", "shaped_reward")}
-    for name, (value, unit) in measured(result, columns, pieces, rewards).items():
-        out.metrics.add(name, value, unit)
-    out.stats["groups"] = len(np.unique(columns["group"]))
-
-
-def cuts(group: np.ndarray, rows: int) -> list[tuple[int, int]]:
-    """Ranges of about `rows` rows that do not cut through a group."""
-    ends = np.append(np.flatnonzero(np.diff(group)) + 1, len(group))
-    ranges, start = [], 0
-    while start < len(group):
-        end = int(ends[np.searchsorted(ends, min(start + rows, len(group)))])
-        ranges.append((start, end))
-        start = end
-    return ranges
+    return pa.table(made)
 
 
 Metrics = dict[str, tuple[float, str]]
 
 
-def measured(
-    result: Credited, columns: Columns, pieces: Pieces, rewards: Mapping[str, Float[np.ndarray, " B"]]
-) -> Metrics:
-    """Metric -> value and unit, over all response tokens where nothing else is said."""
-    mask, group = columns["mask"], columns["group"]
-    tokens = result.credit.advantages[mask].astype(np.float64)
-    signal = np.bincount(group, weights=((result.credit.advantages != 0) & mask).any(axis=1))
-    numbers: Metrics = {
-        "reward/kept_mean": (float(rewards["reward"].mean()), "reward"),
-        "reward/shaped_mean": (float(rewards["shaped_reward"].mean()), "reward"),
-        "reward/zero_signal_groups": (float((signal == 0).mean()), "fraction"),
-        "advantage/mean": (float(tokens.mean()), "reward"),
-        "advantage/std": (float(tokens.std()), "reward"),
-        "advantage/zero_tokens": (float((tokens == 0).mean()), "fraction"),
-    }
-    if result.credit.returns is not None:
-        returns = result.credit.returns[mask].astype(np.float64)
-        numbers["returns/mean"] = (float(returns.mean()), "reward")
-        if "values" in columns and returns.var() > 0:
-            explained = explained_variance(columns["values"][mask].astype(np.float64), returns)
-            numbers["value/explained_variance"] = (explained, "")
-    if result.weights is not None and pieces.importance is not None:
-        weights = result.weights[mask].astype(np.float64)
-        cap = np.float32(pieces.importance.settings.get("cap", np.inf))
-        numbers["importance/mean"] = (float(weights.mean()), "1")
-        numbers["importance/capped"] = (float((weights >= cap).mean()), "fraction")
-    return numbers
+@dataclass
+class Tally:
+    """What the rows add up to."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Of rewards over rows, of everything else over response tokens."""
+    groups: int = 0
+    silent: int = 0
+    """Groups in which no token has any credit."""
+    zeros: int = 0
+    capped: int = 0
+    lowest: float = np.inf
+    highest: float = -np.inf
+    """Of the returns."""
+
+    def add(self, made: pa.Table, columns: Columns, result: Credited, pieces: Pieces) -> None:
+        """Count some rows; their groups are whole."""
+        mask, group, credit = columns["mask"], columns["group"], result.credit
+        for name in ("reward", "shaped_reward"):
+            self._gather(name, made[name].to_numpy())
+        tokens = credit.advantages[mask]
+        self._gather("advantage", tokens)
+        self.zeros += int((tokens == 0).sum())
+        signal = np.bincount(group, weights=((credit.advantages != 0) & mask).any(axis=1))
+        self.groups += len(signal)
+        self.silent += int((signal == 0).sum())
+        if credit.returns is not None:
+            returns = credit.returns[mask].astype(np.float64)
+            self._gather("returns", returns)
+            self.lowest, self.highest = min(self.lowest, returns.min()), max(self.highest, returns.max())
+            if "values" in columns:
+                self._gather("unexplained", returns - columns["values"][mask].astype(np.float64))
+        if result.weights is not None and pieces.importance is not None:
+            weights = result.weights[mask].astype(np.float64)
+            self._gather("importance", weights)
+            self.capped += int((weights >= np.float32(pieces.importance.settings.get("cap", np.inf))).sum())
+
+    def _gather(self, name: str, values: Float[np.ndarray, " N"]) -> None:
+        self.moments[name] = self.moments.get(name, Moments()) + Moments.of(values)
+
+    def numbers(self) -> Metrics:
+        """Metric -> value and unit, over all response tokens where nothing else is said."""
+        of = self.moments
+        numbers: Metrics = {
+            "reward/kept_mean": (of["reward"].mean, "reward"),
+            "reward/shaped_mean": (of["shaped_reward"].mean, "reward"),
+            "reward/zero_signal_groups": (self.silent / self.groups, "fraction"),
+            "advantage/mean": (of["advantage"].mean, "reward"),
+            "advantage/std": (of["advantage"].std, "reward"),
+            "advantage/zero_tokens": (self.zeros / of["advantage"].count, "fraction"),
+        }
+        if "returns" in of:
+            numbers["returns/mean"] = (of["returns"].mean, "reward")
+            if "unexplained" in of and of["returns"].squares > 0:
+                share = of["unexplained"].variance() / of["returns"].variance()
+                # As `explained_variance`: where all are equal there is nothing to explain, whatever rounding says.
+                numbers["value/explained_variance"] = (1 - share if self.highest > self.lowest else 0.0, "")
+        if "importance" in of:
+            numbers["importance/mean"] = (of["importance"].mean, "1")
+            numbers["importance/capped"] = (self.capped / of["importance"].count, "fraction")
+        return numbers
 
 
 if __name__ == "__main__":

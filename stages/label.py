@@ -5,20 +5,23 @@ the column `gold`, the column `verdict` and the metrics: nothing that is trained
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
 from pydantic import Field
 
 from pipeline import ragged, seeds
 from pipeline.algorithms.filters import FILTERS, Kept
 from pipeline.algorithms.labels import LABELS as LABELERS
 from pipeline.algorithms.labels import Labels
+from pipeline.algorithms.moments import Moments
 from pipeline.algorithms.shelf import Line, Piece
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import LABELS, PROMPTS, ROLLOUTS, SCORES
@@ -41,6 +44,9 @@ UNITS = {"reward/mean": "reward", "reward/greedy_mean": "reward", "vote/entropy"
 
 SCORE_FIRST = 'run `score` with --set needs=["reward_scores"], and give what it makes as --judgements'
 """What to do where a reward model has to judge first."""
+
+SCORED = ("prompt_id", "sample", "reward_scores")
+"""Columns of a reward model's judgements."""
 
 Columns = dict[str, Any]
 Prompt = Mapping[str, Any]
@@ -81,16 +87,18 @@ class Inputs:
     judgements: Annotated[Artifact | None, SCORES] = None
 
 
-def asked(prompt_ids: Sequence[str], prompts: Mapping[str, Prompt]) -> list[Prompt]:
+def asked(prompt_ids: Sequence[str], prompts: pa.Table) -> list[Prompt]:
     """The prompt of each row; `#1` of a second draw aside. Raises `ContractError` for a row that asks nothing."""
     plain = [prompt_id.partition("#")[0] for prompt_id in prompt_ids]
-    unknown = sorted({prompt_id for prompt_id in plain if prompt_id not in prompts})
+    there = prompts.filter(pc.is_in(prompts["prompt_id"], value_set=pa.array(sorted(set(plain)), pa.string())))
+    found = {row["prompt_id"]: row for row in there.to_pylist()}
+    unknown = sorted({prompt_id for prompt_id in plain if prompt_id not in found})
     if unknown:
         raise ContractError(
             f"{len(unknown)} prompts of the rollouts are not among the prompts: {', '.join(unknown[:5])}",
             do="label with the prompts that were sampled from",
         )
-    return [prompts[prompt_id] for prompt_id in plain]
+    return [found[prompt_id] for prompt_id in plain]
 
 
 def answered(row: Prompt) -> bool:
@@ -229,12 +237,18 @@ def labelled(part: pa.Table, made: Judged, reasons: Sequence[str | None]) -> pa.
     return pa.table(columns, schema=LABELS.schema())
 
 
+def _by_group(group: Int[np.ndarray, " B"]) -> list[Int[np.ndarray, " G"]]:
+    """The rows of each group, in their order."""
+    order = np.argsort(group, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []
+
+
 @dataclass
 class Tally:
     """What the parts add up to."""
 
-    shares: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Metrics that are means: the values of rows or of groups."""
+    shares: dict[str, Moments] = field(default_factory=dict)
+    """Metrics that are means: of the values of rows or of groups."""
     counts: Counter[str] = field(default_factory=Counter)
     """Metrics that are sums, in rows."""
     lost: int | None = None
@@ -246,46 +260,52 @@ class Tally:
         """Count one part."""
         columns, labels, gold = made.columns, made.labels, made.reading.gold
         greedy = columns["sample"] == GREEDY
-        self.shares["reward/greedy_mean"] += labels.rewards[greedy].tolist()
-        self.shares["reward/mean"] += labels.rewards[~greedy].tolist()
+        shares: dict[str, list[float]] = {
+            "reward/greedy_mean": labels.rewards[greedy].tolist(), "reward/mean": labels.rewards[~greedy].tolist()
+        }  # fmt: skip
         if labels.added_nothing is not None:
-            self.shares["reward/underflow"] += labels.added_nothing[~greedy].tolist()
-        for group in np.unique(columns["group"][~greedy]):
-            rows = np.flatnonzero((columns["group"] == group) & ~greedy).tolist()
-            self._add_group(made, rows, [gold[row] for row in rows])
-        for row in np.flatnonzero(~greedy).tolist():
-            self._add_row(gold[row], float(labels.verdicts[row]), voted=labels.target is not None)
-        for verdict, status in zip(gold, made.reading.statuses, strict=True):
-            seen = {status, verdict and verdict.status} - {None}
-            self.shares["grader/failures"] += [float(bool(seen & LOST.keys()))] if seen else []
+            shares["reward/underflow"] = labels.added_nothing[~greedy].tolist()
+        sampled = np.flatnonzero(~greedy)
+        for rows in _by_group(columns["group"][sampled]):
+            for name, value in self._of_group(made, sampled[rows]).items():
+                shares.setdefault(name, []).append(value)
+        right = [self._row(gold[row], float(labels.verdicts[row])) for row in sampled.tolist()]
+        if labels.target is not None:
+            shares["vote/reward_accuracy"] = [value for value in right if value is not None]
+        seen = [
+            {status, verdict and verdict.status} - {None}
+            for verdict, status in zip(gold, made.reading.statuses, strict=True)
+        ]
+        shares["grader/failures"] = [float(bool(statuses & LOST.keys())) for statuses in seen if statuses]
+        for name, values in shares.items():
+            self.shares[name] = self.shares.get(name, Moments()) + Moments.of(np.asarray(values, np.float64))
         self.counts.update(f"dropped/{reason.replace(' ', '_')}" for reason in reasons if reason is not None)
         if made.reading.classes is not None:
             self.lost = (self.lost or 0) + made.reading.lost
 
-    def _add_group(self, made: Judged, rows: list[int], gold: Sequence[Judgement | None]) -> None:
+    def _of_group(self, made: Judged, rows: Int[np.ndarray, " G"]) -> dict[str, float]:
         self.groups_seen += 1
+        gold = [made.reading.gold[row] for row in rows.tolist()]
         numbers = {"reward/zero_spread_groups": float(np.ptp(made.labels.rewards[rows]) == 0), **accuracies(gold)}
         if made.labels.target is not None:
             numbers |= election(made.columns["answers"][rows], int(made.labels.target[rows[0]]), gold)
-        for name, value in numbers.items():
-            self.shares[name].append(value)
+        return numbers
 
-    def _add_row(self, gold: Judgement | None, verdict: float, *, voted: bool) -> None:
+    def _row(self, gold: Judgement | None, verdict: float) -> float | None:
+        """Count a verdict; whether the labeler agrees with it, None where one of the two does not say."""
         if gold is None:
-            return
+            return None
         self.counts[f"verdict/{gold.status.replace(' ', '_')}"] += 1
-        if voted and gold.correct is not None and not np.isnan(verdict):
-            self.shares["vote/reward_accuracy"].append(float(gold.correct == verdict))
+        return None if gold.correct is None or np.isnan(verdict) else float(gold.correct == verdict)
 
     def report(self, out: Outbox, memory: Memory) -> None:
         """Leave the numbers in metrics and stats."""
-        self.shares["grader/failures"] = self.shares["grader/failures"] or [0.0]
         numbers = {
-            name: (float(np.mean(values)), UNITS.get(name, "fraction"))
+            name: (values.mean, UNITS.get(name, "fraction"))
             for name, values in self.shares.items()
-            if values
+            if values.count or name == "grader/failures"
         }
-        numbers["reward/std"] = (float(np.std(self.shares["reward/mean"])), "reward")
+        numbers["reward/std"] = (self.shares["reward/mean"].std, "reward")
         numbers |= {
             "groups/kept": (float(self.groups_kept), "groups"),
             "groups/seen": (float(self.groups_seen), "groups"),
@@ -321,18 +341,27 @@ def refuse_ungraded(rows: Sequence[Prompt], prompts: Artifact) -> None:
         )
 
 
-def scores_of(part: pa.Table, judgements: Artifact) -> Float[np.ndarray, " B"]:
+def scores_of(part: pa.Table, judged: pa.Table) -> Float[np.ndarray, " B"]:
     """The reward model's score of each row. Raises `ContractError` for rows it has not read."""
-    table = judgements.table()
-    if "reward_scores" not in table.column_names:
-        raise ContractError("these scores have no reward_scores", str(judgements.path), SCORE_FIRST)
-    columns = (table[name].to_pylist() for name in ("prompt_id", "sample", "reward_scores"))
+    near = judged.filter(pc.is_in(judged["prompt_id"], value_set=pc.unique(part["prompt_id"])))
+    columns = (near[name].to_pylist() for name in SCORED)
     known = {(prompt_id, sample): score for prompt_id, sample, score in zip(*columns, strict=True)}
     keys = list(zip(part["prompt_id"].to_pylist(), part["sample"].to_pylist(), strict=True))
     missing = [key for key in keys if key not in known]
     if missing:
-        raise ContractError(f"{len(missing)} rows have no score; first: {missing[:5]}", str(judgements.path))
+        raise ContractError(f"{len(missing)} rows have no score; first: {missing[:5]}", "judgements", SCORE_FIRST)
     return np.asarray([known[key] for key in keys], dtype=np.float32)
+
+
+def judgements_of(labeler: Piece[Labels], judgements: Artifact | None) -> pa.Table | None:
+    """What the reward model said; None where the labeler does not ask. Raises where it asks and nothing was said."""
+    if "reward_scores" not in labeler.needs:
+        return None
+    if judgements is None:
+        raise InputError(f"label {labeler.name!r} needs reward_scores, and there are no judgements", do=SCORE_FIRST)
+    if "reward_scores" not in pq.read_schema(judgements.part_paths()[0]).names:
+        raise ContractError("these scores have no reward_scores", str(judgements.path), SCORE_FIRST)
+    return judgements.table(list(SCORED))
 
 
 @stage(writes=LABELS, version=2)
@@ -340,11 +369,10 @@ def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Reward every response; decide which rows train, and say why not."""
     labeler = LABELERS.take(settings.label)
     filters = [FILTERS.take(line) for line in settings.filter]
-    instead = {} if settings.grader is None else {"grader": settings.grader}
-    prompts = {row["prompt_id"]: {**row, **instead} for row in inputs.prompts.table().to_pylist()}
-    judged_by_model = "reward_scores" in labeler.needs
-    if judged_by_model and inputs.judgements is None:
-        raise InputError(f"label {labeler.name!r} needs reward_scores, and there are no judgements", do=SCORE_FIRST)
+    prompts = inputs.prompts.table(["prompt_id", "answer", "grader"])
+    if settings.grader is not None:
+        prompts = prompts.set_column(2, "grader", pa.array([settings.grader] * len(prompts), pa.string()))
+    by_model = judgements_of(labeler, inputs.judgements)
     tally = Tally()
     with Journal(out.working / "judgements.jsonl") as journal:
         memory = Memory(journal)
@@ -354,7 +382,7 @@ def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
                 refuse_unanswered(rows, inputs.prompts)
             if "answers" in labeler.needs:
                 refuse_ungraded(rows, inputs.prompts)
-            scores = scores_of(part, inputs.judgements) if judged_by_model and inputs.judgements is not None else None
+            scores = None if by_model is None else scores_of(part, by_model)
             made = judged(part, rows, labeler, filters, settings, scores, memory)
             room = part.num_rows if settings.room is None else settings.room - tally.groups_kept
             reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))

@@ -19,7 +19,7 @@ from pipeline.contracts import DEMONSTRATIONS, POLICY, RANKINGS, REWARD_MODEL
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import shard
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
@@ -175,10 +175,10 @@ def _model(inputs: Inputs, settings: Settings) -> tuple[Any, Chat, int]:
             f"a reward model starts from a policy or from a reward model, and {found} given",
             do="name one of them, with --policy PATH or --reward-model PATH",
         )
-    return model.to(device()), Chat(place), facts.max_position
+    return shard(model), Chat(place), facts.max_position
 
 
-@stage(writes=REWARD_MODEL, version=2, hardware="gpu")
+@stage(writes=REWARD_MODEL, version=2, hardware="gpu", ranks=True)
 def reward(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Learn to score responses from rankings; then let demonstrations score 0 on average."""
     model, chat, positions = _model(inputs, settings)

@@ -26,11 +26,12 @@ from pipeline.errors import ArtifactError, ContractError, InputError, NumericsEr
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_logprobs, response_scores, response_values
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
-from pipeline.training.batches import micro_batches
+from pipeline.training.batches import Rows, micro_batches
+from pipeline.training.policies import Numbers, divergence, mismatch
 
 Need = Literal["old_logprobs", "ref_logprobs", "values", "reward_scores"]
 MODEL_OF: dict[str, str] = {
@@ -44,8 +45,6 @@ KIND_OF: dict[str, checkpoint.Kind] = {"values": "critic", "reward_scores": "rew
 BEFORE_LABEL = "reward_scores"
 """The column that labelers read: asked for by name, before there are labels."""
 
-Numbers = dict[str, tuple[float, str]]
-"""Name -> value and unit."""
 Tokens = Sequence[Sequence[int]]
 Reader = Callable[[nn.Module, Tokens, Tokens], Tensor]
 """From model, prompts and responses to a number per response token [B T] or per response [B]."""
@@ -143,26 +142,18 @@ def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Ar
     lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
     rows: list[np.ndarray] = [np.empty(0, np.float32)] * len(responses)
     done = 0
-    for micro in micro_batches(np.arange(len(responses)), lengths, budget):
+
+    def numbers_of(micro: Rows) -> np.ndarray:
         with torch.no_grad():
             found = reader(model, [prompts[i] for i in micro], [responses[i] for i in micro])
-        numbers = found.float().cpu().numpy()
+        return found.float().cpu().numpy()
+
+    for micro, numbers in together(list(micro_batches(np.arange(len(responses)), lengths, budget)), numbers_of):
         for place, row in enumerate(micro):
             rows[row] = numbers[place, : len(responses[row])] if numbers.ndim == 2 else numbers[place]
         done += len(micro)
         console.progress(f"read {done}/{len(responses)} responses")
     return pa.array(rows, pa.float32()) if np.ndim(rows[0]) == 0 else ragged.from_rows(rows, pa.float32())
-
-
-def divergence(old: pa.ListArray, ref: pa.ListArray) -> Numbers:
-    """How far the policy is from the reference, on its own responses.
-
-        d_t = old - ref;   kl/reference = mean over tokens of d_t;   kl/reference_sum = mean over responses of sum_t d_t
-
-    Both estimate KL(policy || reference), of a token and of a whole response.
-    """
-    d = old.flatten().to_numpy().astype(np.float64) - ref.flatten().to_numpy()
-    return {"kl/reference": (float(d.mean()), "nat"), "kl/reference_sum": (float(d.sum() / len(old)), "nat")}
 
 
 def spread(name: str, numbers: np.ndarray) -> Numbers:
@@ -177,26 +168,7 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> Numbers:
     return {"reward_scores/length_correlation": (float(np.corrcoef(scores, lengths)[0, 1]), "")}
 
 
-def mismatch(sampler: pa.ChunkedArray, trainer: pa.ListArray) -> Numbers:
-    """How far the engine's log-probabilities are from the training stack's, over tokens.
-
-    d = sampler - trainer;   mean d estimates KL(sampler || trainer);   the ratio trainer / sampler is exp(-d)
-    """
-    known = pc.is_valid(sampler)
-    if not pc.any(known).as_py():
-        return {}
-    theirs = sampler.filter(known).combine_chunks().flatten().to_numpy().astype(np.float64)
-    d = theirs - trainer.filter(known.combine_chunks()).flatten().to_numpy()
-    outside = (np.abs(d) > np.log(2)).mean()
-    return {
-        "kl/sampler": (float(d.mean()), "nat"),
-        "kl/sampler_abs": (float(np.abs(d).mean()), "nat"),
-        "kl/sampler_max": (float(np.abs(d).max()), "nat"),
-        "kl/sampler_outside": (float(outside), "fraction"),
-    }
-
-
-@stage(writes=SCORES, version=1, hardware="gpu")
+@stage(writes=SCORES, version=1, hardware="gpu", ranks=True)
 def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Read the kept responses with the models that the recipe asks for."""
     if not settings.needs:
@@ -225,12 +197,12 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
 def _reading(need: Need, given: Artifact, temperature: float) -> tuple[nn.Module, Reader]:
     """The model that fills a column, and how."""
     if need == "values":
-        critic = checkpoint.load_critic(given.path, "float32").to(device())
+        critic = shard(checkpoint.load_critic(given.path, "float32"))
         return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
     if need == "reward_scores":
-        return checkpoint.load_reward_model(given.path, "float32").to(device()), response_scores
+        return shard(checkpoint.load_reward_model(given.path, "float32")), response_scores
     reader = partial(response_logprobs, temperature=temperature)
-    policy = checkpoint.load_policy(given.path, "float32").to(device())
+    policy = shard(checkpoint.load_policy(given.path, "float32"))
     return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
 
 

@@ -12,7 +12,7 @@ from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, POLICY
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import shard
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
@@ -64,10 +64,11 @@ class Settings(StageSettings):
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """`sft`, `models.new`, and lengths from `scale`."""
-        plan, models, scale = experiment.sft.model_dump(exclude={"enabled"}), experiment.models, experiment.scale
+        sft, models, scale = experiment.sft, experiment.models, experiment.scale
         return {
-            **plan, "new": models.new if models.policy is None else None, "gradient_clip": scale.gradient_clip,
-            "tokens": scale.prompt_tokens + scale.response_tokens, "seed": experiment.seed,
+            **sft.model_dump(exclude={"enabled"}), "new": models.new if models.policy is None else None,
+            "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
+            "tokens": sft.tokens or scale.prompt_tokens + scale.response_tokens,
             "micro_batch_tokens": experiment.resources.micro_batch_tokens,
             "save_every": experiment.resources.save_every,
         }  # fmt: skip
@@ -119,7 +120,7 @@ def mixed(demonstrations: int, documents: int, settings: Settings) -> list[Rows]
     return plan
 
 
-@stage(writes=POLICY, version=1, hardware="gpu")
+@stage(writes=POLICY, version=1, hardware="gpu", ranks=True)
 def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Imitate demonstrations; create the model first where none is given."""
     conversations = inputs.demonstrations.table(["messages"])["messages"].to_pylist()
@@ -172,7 +173,7 @@ def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Ou
         raise ExperimentError(
             "no model to train", do="name one with --policy PATH, or describe it with --set new={...}"
         )
-    return model.to(device()), Chat(place)
+    return shard(model), Chat(place)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.metrics import Metrics
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import everybody, shard
 from pipeline.models.forward import response_logprobs
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
@@ -33,6 +33,7 @@ from pipeline.training.batches import Rows
 from pipeline.training.imitation import Example, Imitation, windows
 from pipeline.training.loop import Losses, Objective, Plan, fit
 from pipeline.training.optimizer import adamw, constant, load_state, save_state
+from pipeline.training.policies import divergence, mismatch
 from pipeline.training.progress import Progress
 
 
@@ -117,11 +118,16 @@ class Weighed:
 
 
 class Improvement:
-    """The objective: sum over terms of coef times the weighted sum of the term's token losses."""
+    """The objective: sum over terms of coef times the weighted sum of the term's token losses.
+
+    In an update of one step (`one_step`) the policy is still the one that sampled when it reads a row. What it finds
+    are the row's old log-probabilities where the table has none, and `first` keeps them.
+    """
 
     def __init__(
-        self, table: pa.Table, terms: Sequence[Term], weigh: Callable[[Tensor, Tensor], Tensor], temperature: float
-    ) -> None:
+        self, table: pa.Table, terms: Sequence[Term], weigh: Callable[[Tensor, Tensor], Tensor], temperature: float,
+        *, one_step: bool = False,
+    ) -> None:  # fmt: skip
         self.terms, self.weigh, self.temperature = terms, weigh, temperature
         self.prompts, self.responses = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
         self.lengths = np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)])
@@ -140,6 +146,13 @@ class Improvement:
             for name in names
             if name in table.column_names and table[name].null_count == 0
         }
+        self.first: list[np.ndarray] | None = None
+        if one_step and "old_logprobs" not in self.columns:
+            self.first = [np.empty(0, np.float32)] * len(self.lengths)
+
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """All rows are of one kind."""
+        return [rows]
 
     def step(self, rows: Rows) -> Weighed:
         """Weigh the tokens of a whole optimizer step, before it is cut."""
@@ -162,16 +175,24 @@ class Improvement:
             "entropies": torch.zeros_like(read.logprobs) if read.entropies is None else read.entropies,
             "mask": self.mask[rows][:, :width].to(device),
         }
+        given = {**columns, "old_logprobs": self._keep(rows, read.logprobs)} if self.first is not None else columns
         parts: dict[str, float] = {}
         total = torch.zeros((), device=device)
         for term, weights in zip(self.terms, step.weights, strict=True):
-            share = (weights[places][:, :width].to(device) * term.piece(columns)).sum()
+            share = (weights[places][:, :width].to(device) * term.piece(given)).sum()
             total = total + term.coef * share
             parts[f"loss/{term.piece.name}"] = parts.get(f"loss/{term.piece.name}", 0.0) + float(share.detach())
         counts = step.token_mean[places][:, :width].to(device)
         shares, largest = self._numbers({name: column.detach() for name, column in columns.items()})
         parts |= {name: float((counts * value).sum()) for name, value in shares.items()}
         return Losses(total, parts, largest)
+
+    def _keep(self, rows: Rows, logprobs: Tensor) -> Tensor:
+        found = logprobs.detach()
+        assert self.first is not None  # noqa: S101  # for the type checker
+        for row, numbers in zip(rows, found.cpu().numpy(), strict=True):
+            self.first[row] = numbers[: len(self.responses[row])]
+        return found
 
     def _numbers(self, columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What tells how the step goes: numbers per token, and the largest of others."""
@@ -211,30 +232,26 @@ class Rehearsal:
         self.first = len(improvement.lengths)
         self.lengths = np.concatenate([improvement.lengths, self.imitation.lengths])
 
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """Responses and documents: they are read at temperatures of their own."""
+        return [rows[rows < self.first], rows[rows >= self.first]]
+
     def step(self, rows: Rows) -> tuple[Weighed, int]:
         """Weigh the responses' tokens and count the documents'."""
-        responses, documents = self._apart(rows)
-        return self.improvement.step(responses), self.imitation.step(documents)
+        responses, documents = self.passes(rows)
+        return self.improvement.step(responses), self.imitation.step(documents - self.first)
 
     def losses(self, model: nn.Module, rows: Rows, step: tuple[Weighed, int]) -> Losses:
-        """A micro-batch's share of the step's loss and numbers, of whichever rows are in it."""
-        responses, documents = self._apart(rows)
-        if not len(documents):
-            return self.improvement.losses(model, responses, step[0])
-        read = self.imitation.losses(model, documents, step[1])
-        parts = {"loss/documents": float(read.total.detach())}
-        if not len(responses):
-            return Losses(self.coef * read.total, parts)
-        improved = self.improvement.losses(model, responses, step[0])
-        return Losses(improved.total + self.coef * read.total, {**improved.parts, **parts}, improved.largest)
+        """A micro-batch's share of the step's loss and numbers: of responses, or of documents."""
+        if rows[0] < self.first:
+            return self.improvement.losses(model, rows, step[0])
+        read = self.imitation.losses(model, rows - self.first, step[1])
+        return Losses(self.coef * read.total, {"loss/documents": float(read.total.detach())})
 
     def names(self, rows: Rows) -> list[str]:
         """Responses as prompt_id/sample, documents by their id."""
-        responses, documents = self._apart(rows)
-        return [*self.improvement.names(responses), *self.imitation.names(documents)]
-
-    def _apart(self, rows: Rows) -> tuple[Rows, Rows]:
-        return rows[rows < self.first], rows[rows >= self.first] - self.first
+        responses, documents = self.passes(rows)
+        return [*self.improvement.names(responses), *self.imitation.names(documents - self.first)]
 
 
 def with_documents(
@@ -252,7 +269,7 @@ def with_documents(
     return mixed, cursor
 
 
-@stage(writes=POLICY, version=2, hardware="gpu")
+@stage(writes=POLICY, version=2, hardware="gpu", ranks=True)
 def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Step the policy along the recipe's losses."""
     table = inputs.advantages.table()
@@ -263,13 +280,13 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
             "raise scale.groups, or lower update.minibatches in recipe_changes",
         )
     checkpoint.inspect(inputs.policy.path)
-    model = checkpoint.load_policy(inputs.policy.path, "float32").to(device())
+    model = shard(checkpoint.load_policy(inputs.policy.path, "float32"))
     tokenizer = Chat(inputs.policy.path).tokenizer
     terms = [Term.of(line) for line in settings.loss]
-    improvement = Improvement(table, terms, WEIGHTS[settings.update.weights], settings.temperature)
+    plan = settings.update
+    improvement = Improvement(table, terms, WEIGHTS[plan.weights], settings.temperature, one_step=plan.steps == 1)
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     taken = load_state(optimizer, inputs.policy.path)
-    plan = settings.update
     steps = batches.dealt(table.num_rows, plan.epochs, plan.minibatches, derive(settings.seed, "update", taken))
     objective, steps = _mixed(improvement, steps, inputs, settings, out)
     average = None if plan.ema is None else Average(model, plan.ema, inputs.policy.path)
@@ -278,11 +295,18 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, taken, settings.seed), out.metrics,
         average, Progress(out, settings.save_every),
     )  # fmt: skip
-    out.stats |= {"steps": taken, **told(out.metrics)}
+    if improvement.first is not None:
+        improvement.first = collected(improvement.first)
+    out.stats |= {"steps": taken, **told(out.metrics), **_distances(table, improvement, out)}
     checkpoint.save(model, tokenizer, out.path)
     save_state(optimizer, taken, out.path)
     if average is not None:
         average.save(tokenizer, out.path)
+
+
+def collected(first: list[np.ndarray]) -> list[np.ndarray]:
+    """What some rank has read of each row."""
+    return [max(found, key=len) for found in zip(*everybody(first), strict=True)]
 
 
 def told(metrics: Metrics) -> dict[str, float]:
@@ -292,6 +316,21 @@ def told(metrics: Metrics) -> dict[str, float]:
     }  # fmt: skip
     found = {name: [row["value"] for row in metrics.rows if row["name"] == name] for name in over_steps}
     return {name: float(over_steps[name](values)) for name, values in found.items() if values}
+
+
+def _distances(table: pa.Table, improvement: Improvement, out: Outbox) -> dict[str, float]:
+    """Measure what `score` measures where it reads old log-probabilities: sampler, policy and reference apart."""
+    if improvement.first is None:
+        return {}
+    old = ragged.from_rows(improvement.first, pa.float32())
+    numbers = mismatch(table["sampler_logprobs"], old) if "sampler_logprobs" in table.column_names else {}
+    if "ref_logprobs" in improvement.columns:
+        # Its mean over tokens is `kl/reference` there; here that is what the loss measures, of each step.
+        name = "kl/reference_sum"
+        numbers[name] = divergence(old, table["ref_logprobs"].combine_chunks())[name]
+    for name, (value, unit) in numbers.items():
+        out.metrics.add(name, value, unit)
+    return {name: value for name, (value, _) in numbers.items()}
 
 
 def _mixed(

@@ -1,6 +1,6 @@
 """advantages (, critic, policy, reward_model) -> critic: regression on returns, before the loop and in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from pipeline.contracts import ADVANTAGES, CRITIC, POLICY, REWARD_MODEL
 from pipeline.errors import ContractError, ExperimentError, InputError, RecipeError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_values
 from pipeline.seeds import derive
 from pipeline.stage import StageSettings, stage
@@ -128,6 +128,10 @@ class Regression:
         if "values" in table.column_names and table["values"].null_count == 0:
             self.old_values = ragged.pad(table["values"], self.mask.shape[1])
 
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """All rows are of one kind."""
+        return [rows]
+
     def step(self, rows: Rows) -> int:
         """The number of response tokens in the step."""
         return int(self.mask[rows].sum())
@@ -151,8 +155,8 @@ class Regression:
         values = np.zeros(self.mask.shape, dtype=np.float32)
         model.eval()
         with torch.no_grad():
-            for some in batches.micro_batches(rows, self.lengths, budget):
-                read = self._read(model, some).values.cpu().numpy()
+            pieces = list(batches.micro_batches(rows, self.lengths, budget))
+            for some, read in together(pieces, lambda some: self._read(model, some).values.cpu().numpy()):
                 values[some, : read.shape[1]] = read
         model.train(training)
         found: Float[np.ndarray, "N T"] = values[rows]
@@ -299,13 +303,13 @@ def _start(inputs: Inputs) -> tuple[Path, checkpoint.Kind]:
     return given[0]
 
 
-@stage(writes=CRITIC, version=1, hardware="gpu")
+@stage(writes=CRITIC, version=1, hardware="gpu", ranks=True)
 def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Regress the critic on returns, and measure how much of them it explains."""
     start, kind = _start(inputs)
     objective = _objective(inputs.advantages, settings)
     checkpoint.inspect(start, kind)
-    model = checkpoint.fresh_critic(start, derive(settings.seed, "value head")).to(device())
+    model = shard(checkpoint.fresh_critic(start, derive(settings.seed, "value head")))
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     taken = load_state(optimizer, start) if kind == "critic" else 0
     if objective is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from pydantic import Field
 
+from pipeline.algorithms.lots import lots
 from pipeline.algorithms.shelf import Shelf
 
 
@@ -88,8 +89,11 @@ def greedy_baseline(
     """
     if credit == "response":
         return _on_every_token(_totals(rewards, mask) - greedy, rewards, mask)
-    to_go = _discounted(rewards, mask, 1.0)
-    return Credit(np.where(mask, to_go - greedy[:, None], 0.0).astype(rewards.dtype))
+    advantages = np.zeros_like(rewards)
+    for lot in lots(mask.shape):
+        to_go = _discounted(rewards[lot], mask[lot], 1.0)
+        advantages[lot] = np.where(mask[lot], to_go - greedy[lot, None], 0.0)
+    return Credit(advantages)
 
 
 def reward_to_go(
@@ -106,7 +110,9 @@ def reward_to_go(
     gamma is 1 there and in all scripts, earlier versions allowed less. u - t counts the tokens of the policy. verl
     b178a3cd lets no credit of REINFORCE++ cross a hole in the mask; since 8a1bf6d5b it crosses, as here.
     """
-    to_go = _discounted(rewards, mask, gamma).astype(rewards.dtype)
+    to_go = np.zeros_like(rewards)
+    for lot in lots(mask.shape):
+        to_go[lot] = _discounted(rewards[lot], mask[lot], gamma)
     return Credit(to_go, to_go)
 
 
@@ -140,14 +146,17 @@ def gae(
 
     lm-human-preferences and TRL have lam = 0.95, verl and OpenRLHF 3c3be623 have 1 unless told otherwise.
     """
-    lengths = np.maximum(mask.sum(axis=1), 1)
-    per_row = np.full(len(mask), lam) if adapt is None else np.maximum(1 - 1 / (adapt * lengths), 0.0)
-    advantages = _estimated(rewards, values, mask, gamma, per_row)
-    taught = advantages
-    if critic_lam is not None:
-        taught = _estimated(rewards, values, mask, gamma, np.full(len(mask), critic_lam))
-    returns = np.where(mask, taught + values, 0.0)
-    return Credit(advantages.astype(rewards.dtype), returns.astype(rewards.dtype))
+    advantages, returns = np.zeros_like(rewards), np.zeros_like(rewards)
+    for lot in lots(mask.shape):
+        here = mask[lot]
+        lengths = np.maximum(here.sum(axis=1), 1)
+        per_row = np.full(len(here), lam) if adapt is None else np.maximum(1 - 1 / (adapt * lengths), 0.0)
+        advantage = taught = _estimated(rewards[lot], values[lot], here, gamma, per_row)
+        if critic_lam is not None:
+            taught = _estimated(rewards[lot], values[lot], here, gamma, np.full(len(here), critic_lam))
+        advantages[lot] = advantage
+        returns[lot] = np.where(here, taught + values[lot], 0.0)
+    return Credit(advantages, returns)
 
 
 def _totals(rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
@@ -169,29 +178,57 @@ def _groups(
 def _on_every_token(
     credit: Float[np.ndarray, " B"], rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]
 ) -> Credit:
-    return Credit(np.where(mask, credit[:, None], 0.0).astype(rewards.dtype))
+    return Credit(np.where(mask, credit.astype(rewards.dtype)[:, None], rewards.dtype.type(0)))
 
 
 def _discounted(
     rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"], gamma: float
 ) -> Float64[np.ndarray, "B T"]:
     """Sum of the rewards from each token on; 0 where the mask is False."""
-    return _estimated(rewards, np.zeros_like(rewards), mask, gamma, np.ones(len(mask)))
+    return _estimated(rewards, None, mask, gamma, np.ones(len(mask)))
 
 
 def _estimated(
     rewards: Float[np.ndarray, "B T"],
-    values: Float[np.ndarray, "B T"],
+    values: Float[np.ndarray, "B T"] | None,
     mask: Bool[np.ndarray, "B T"],
     gamma: float,
     lam: Float64[np.ndarray, " B"],
 ) -> Float64[np.ndarray, "B T"]:
-    """Generalised advantages, a lambda per row; 0 where the mask is False."""
+    """Generalised advantages, a lambda per row; 0 where the mask is False. Without values they are 0."""
+    decay = gamma * lam
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        return _over_holes(rewards, np.zeros_like(rewards) if values is None else values, mask, gamma, decay)
+    # One row per token: all responses at a token then lie side by side, and so do those at the next one.
+    advantages = _by_token(rewards, mask)
+    if values is not None:
+        value = _by_token(values, mask)
+        advantages[:-1] += gamma * value[1:]
+        advantages -= value
+    fades = bool((decay != 1.0).any())
+    advantages[-1:] += 0.0  # as adding what comes behind the last token does: -0 becomes 0
+    for t in reversed(range(len(advantages) - 1)):
+        behind = advantages[t + 1]
+        advantages[t] += decay * behind if fades else behind
+    return np.ascontiguousarray(advantages.T)
+
+
+def _by_token(column: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, "T B"]:
+    return np.ascontiguousarray(np.where(mask, column, column.dtype.type(0)).T, dtype=np.float64)
+
+
+def _over_holes(
+    rewards: Float[np.ndarray, "B T"],
+    values: Float[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+    gamma: float,
+    decay: Float64[np.ndarray, " B"],
+) -> Float64[np.ndarray, "B T"]:
     advantages = np.zeros(mask.shape)
     next_value, advantage = np.zeros(len(mask)), np.zeros(len(mask))
     for t in reversed(range(mask.shape[1])):
         value, here = values[:, t].astype(np.float64), mask[:, t]
-        estimate = rewards[:, t] + gamma * next_value - value + gamma * lam * advantage
+        estimate = rewards[:, t] + gamma * next_value - value + decay * advantage
         next_value, advantage = np.where(here, value, next_value), np.where(here, estimate, advantage)
         advantages[here, t] = estimate[here]
     return advantages

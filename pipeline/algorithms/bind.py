@@ -78,10 +78,12 @@ class Bound:
         """The columns that forward passes over finished responses must provide: keys of `FROM_MODELS`.
 
         A critic's values before the update are needed wherever there is one; the `values` that its loss reads are those
-        of the critic in training, and not meant.
+        of the critic in training, and not meant. Where an update is one optimizer step, its losses' old
+        log-probabilities are those of its own forward pass, and no other is made for them.
         """
         critic = {"values"} if self.critic_loss else set()
-        return self.credit_needs | _of_models(term.piece for term in self.losses) | critic
+        known = {"old_logprobs"} if self.recipe.update.steps == 1 else set()
+        return self.credit_needs | (_of_models(term.piece for term in self.losses) - known) | critic
 
 
 def bind(recipe: Recipe) -> Bound:

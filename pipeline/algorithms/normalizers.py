@@ -1,12 +1,18 @@
-"""Normalize pieces: the scale of the credit. Their statistics are those of all rows handed over at once."""
+"""Normalize pieces: the scale of the credit. Their statistics are those of all rows handed over at once.
+
+A piece whose statistics are of groups may be handed any whole groups. One whose statistics are of the whole iteration
+is marked with how they are gathered over lots of rows, and takes what was gathered as its last column.
+"""
 
 from typing import Annotated, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from pydantic import Field
 
-from pipeline.algorithms.shelf import Shelf
+from pipeline.algorithms.lots import lots
+from pipeline.algorithms.moments import Moments
+from pipeline.algorithms.shelf import Shelf, gathered_by
 
 
 def group_std(
@@ -26,18 +32,38 @@ def group_std(
     n-1, with an eps of 1e-6 in verl b178a3cd (the defaults here), 1e-4 in TRL f2cd5771 and 1e-9 in OpenRLHF 3c3be623.
     Equal rewards give 0, and so does a group that has lost all but one.
     """
-    level = np.where(mask, advantages, 0).sum(axis=1, dtype=np.float64) / np.maximum(mask.sum(axis=1), 1)
+    level = _sums(advantages, mask) / np.maximum(mask.sum(axis=1), 1)
     _, index, sizes = np.unique(group, return_inverse=True, return_counts=True)
     mean = np.bincount(index, weights=level) / sizes
     squares = np.bincount(index, weights=(level - mean[index]) ** 2)
     std = np.sqrt(squares / np.maximum(sizes - ddof, 1))[index, None]
     divisor = np.where(std + eps > 0, std + eps, 1.0)
-    return np.where(mask, advantages / divisor, 0.0).astype(advantages.dtype)
+    scaled = np.zeros_like(advantages)
+    for lot in lots(mask.shape):
+        scaled[lot] = np.where(mask[lot], advantages[lot] / divisor[lot], 0.0)
+    return scaled
 
 
+def moments_of(
+    advantages: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"], *, over: Literal["tokens", "responses"]
+) -> Moments:
+    """Those of all tokens, or of the means over the tokens of each response that has any."""
+    if over == "tokens":
+        return Moments.of(advantages[mask])
+    counts = mask.sum(axis=1)
+    return Moments.of(_sums(advantages, mask)[counts > 0] / counts[counts > 0])
+
+
+def _sums(advantages: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, " B"]:
+    """Of the tokens of each response."""
+    return np.asarray(np.where(mask, advantages, advantages.dtype.type(0)).sum(axis=1, dtype=np.float64))
+
+
+@gathered_by(moments_of)
 def whiten(
     advantages: Float[np.ndarray, "B T"],
     mask: Bool[np.ndarray, "B T"],
+    gathered: Moments | None = None,
     *,
     ddof: Literal[0, 1] = 1,
     eps: Annotated[float, Field(gt=0)] = 1e-8,
@@ -56,17 +82,18 @@ def whiten(
     code takes tokens. After `group_mean` a group with equal rewards then gets credit: the mean over tokens is not 0.
 
     Without `center` the mean stays. Equal credit becomes its mean: 0, or itself where the mean stays.
+
+    `gathered` holds m and v where these are not all rows: the sum of `moments_of` over the lots that make up all.
     """
-    counts = mask.sum(axis=1)
-    tokens = advantages[mask].astype(np.float64)
-    if not tokens.size:
-        return np.zeros_like(advantages)
-    sums = np.where(mask, advantages, 0).sum(axis=1, dtype=np.float64)
-    counted = tokens if over == "tokens" else sums[counts > 0] / counts[counts > 0]
-    mean = counted.mean()
-    variance = ((counted - mean) ** 2).sum() / max(counted.size - ddof, 1)
+    moments = moments_of(advantages, mask, over=over) if gathered is None else gathered
+    scale = np.sqrt(moments.variance(ddof) + eps)
     whitened = np.zeros_like(advantages)
-    whitened[mask] = (tokens - mean) / np.sqrt(variance + eps) + (0.0 if center else mean)
+    for lot in lots(mask.shape):
+        scaled = advantages[lot].astype(np.float64)
+        scaled -= moments.mean
+        scaled /= scale
+        scaled += 0.0 if center else moments.mean
+        whitened[lot] = np.where(mask[lot], scaled, 0.0)
     return whitened
 
 

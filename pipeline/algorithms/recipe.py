@@ -60,6 +60,11 @@ class Update(Settings):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the weights, kept beside them; none when absent."""
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per iteration. With one, the policy is the one that sampled whenever it reads a response."""
+        return self.epochs * self.minibatches
+
 
 class Sft(Settings):
     """How the policy that the loop starts from differs from the experiment's ordinary SFT."""

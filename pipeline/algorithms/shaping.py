@@ -15,8 +15,12 @@ def on_last_token(rewards: Float[np.ndarray, " B"], mask: Bool[np.ndarray, "B T"
     The last generated token carries the reward whether or not it ends the response, as in verl b178a3cd and OpenRLHF
     3c3be623. TRL's PPO (f2cd5771) puts it one position further where that fits, and has a value there.
     """
-    is_last = mask & (np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True))
-    return np.where(is_last, rewards[:, None], 0.0).astype(rewards.dtype)
+    placed = np.zeros(mask.shape, rewards.dtype)
+    if mask.shape[1]:
+        last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+        rows = np.flatnonzero(mask[np.arange(len(mask)), last])
+        placed[rows, last[rows]] = rewards[rows]
+    return placed
 
 
 def kl_penalty(

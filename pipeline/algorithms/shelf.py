@@ -1,7 +1,8 @@
 """Shelves of pieces: the signature of a function is its schema.
 
 A piece is a plain function. Its positional parameters are columns, found by name; its keyword-only parameters are
-settings, the only words that a recipe may write on its line; its docstring is its documentation.
+settings, the only words that a recipe may write on its line; its docstring is its documentation. A piece whose
+statistics are of all rows is marked (`gathered_by`), so that it can be computed over one lot of rows after the other.
 """
 
 import inspect
@@ -16,6 +17,9 @@ from pipeline.errors import RecipeError
 from pipeline.settings import Settings, explain
 
 T_co = TypeVar("T_co", covariant=True)
+Function = TypeVar("Function", bound=Callable[..., Any])
+GATHER = "gather"
+"""Attribute of a marked function."""
 
 OFFERED: Mapping[str, tuple[str, ...]] = {
     "label": (
@@ -73,6 +77,8 @@ class Card(Generic[T_co]):
     """Columns, in the order of the parameters."""
     schema: type[BaseModel]
     """The settings with their types, defaults and bounds."""
+    gather: Callable[..., Any] | None = None
+    """How statistics over all rows are gathered over lots of them; None where a piece has none."""
 
     @property
     def doc(self) -> str:
@@ -102,8 +108,22 @@ class Piece(Generic[T_co]):
         """Its docstring."""
         return self.card.doc
 
-    def __call__(self, columns: Mapping[str, Any]) -> T_co:
-        """Apply it to the columns it needs; others are ignored. Raises `RecipeError` when one is not there."""
+    def gather(self, columns: Mapping[str, Any]) -> Any:
+        """What one lot of rows adds to the statistics over all; None where the piece has none."""
+        if self.card.gather is None:
+            return None
+        chosen = {name: self.settings[name] for name in _words(self.card.gather)}
+        return self.card.gather(*self._read(columns), **chosen)
+
+    def __call__(self, columns: Mapping[str, Any], gathered: Any = None) -> T_co:
+        """Apply it to the columns it needs; others are ignored. Raises `RecipeError` when one is not there.
+
+        `gathered` is the sum of what `gather` said of all lots, where these columns are one of several.
+        """
+        added = () if gathered is None else (gathered,)
+        return self.card.function(*self._read(columns), *added, **self.settings)
+
+    def _read(self, columns: Mapping[str, Any]) -> list[Any]:
         missing = [name for name in self.needs if name not in columns]
         if missing:
             raise RecipeError(
@@ -111,7 +131,21 @@ class Piece(Generic[T_co]):
                 where=f"columns present: {', '.join(columns)}",
                 do="run `score` with this recipe, so that it writes what the recipe needs",
             )
-        return self.card.function(*(columns[name] for name in self.needs), **self.settings)
+        return [columns[name] for name in self.needs]
+
+
+def gathered_by(gather: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Mark a piece whose statistics are those of all rows.
+
+    `gather` has the piece's columns, and those of its settings that it names; what it returns of several lots can be
+    added up. The piece takes the sum as one more positional parameter, `gathered`, and gathers for itself without.
+    """
+
+    def mark(function: Function) -> Function:
+        setattr(function, GATHER, gather)
+        return function
+
+    return mark
 
 
 class Shelf(Generic[T_co]):
@@ -154,8 +188,9 @@ class Shelf(Generic[T_co]):
 
 
 def _card(shelf: str, function: Callable[..., T_co]) -> Card[T_co]:
+    gather = getattr(function, GATHER, None)
     parameters = inspect.signature(function).parameters.values()
-    needs = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    columns = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     fields: dict[str, Any] = {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)
         for p in parameters
@@ -163,4 +198,10 @@ def _card(shelf: str, function: Callable[..., T_co]) -> Card[T_co]:
     }
     # Strict: a recipe that writes clip_low = true or "0.2" means something else than 0.2.
     schema = create_model(function.__name__, __config__=ConfigDict(extra="forbid", strict=True), **fields)
-    return Card(shelf, function.__name__, function, needs, schema)
+    needs = columns if gather is None else columns[:-1]
+    return Card(shelf, function.__name__, function, tuple(needs), schema, gather)
+
+
+def _words(function: Callable[..., Any]) -> list[str]:
+    """Names of the settings of a function."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -89,7 +89,7 @@ class EngineOptions(Settings):
     """Seed of whatever no request's seed decides."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory for weights and cache. Unused on a CPU."""
-    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=512, ge=1)
     """Responses in flight at once."""
     timeout: float = Field(default=3600.0, gt=0)
     """Longest time one `generate` may compute, in seconds; an engine past it is given up."""

@@ -298,6 +298,7 @@ class VllmEngine:
             "stop_token_ids": list(plan.stop_ids),
             "ignore_eos": True,  # the plan's stop ids, and no others
             "logprobs": 0,  # of the sampled token alone
+            "flat_logprobs": True,  # a list per response; not a dict and an object per token
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
@@ -330,7 +331,10 @@ def _completions(output: Any, index: int, first: int, seed: int) -> Iterator[Com
             raise EngineError(f"a response ended with {response.finish_reason!r}", where=f"prompt {index}")
         sample = first + response.index
         tokens = list(response.token_ids)
-        logprobs = [float(at[token].logprob) for at, token in zip(response.logprobs, tokens, strict=True)]
+        said = response.logprobs
+        if said.token_ids != tokens:
+            raise EngineError(f"sample {sample} has log-probabilities of other tokens", where=f"prompt {index}")
+        logprobs = list(said.logprobs)
         if not all(-math.inf < logprob <= 0 for logprob in logprobs):
             raise EngineError(
                 f"sample {sample} has log-probabilities that cannot be: {logprobs[:5]}",

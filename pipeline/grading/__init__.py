@@ -18,8 +18,10 @@ Where there is no reference, answers are compared with each other: `classes()` n
 import hashlib
 import importlib
 import json
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.errors import InputError
@@ -258,22 +260,63 @@ def _numbered(
 def _judged(
     grader_name: str, rows: Sequence[Row], timeout: float, workers: int, memory: Memory | None, *, extracted: bool
 ) -> list[Judgement]:
-    """Judge different rows once, where the grader may run."""
+    """Judge different rows once, where the grader may run.
+
+    Responses differ nearly always, and their answers seldom: a risky grader extracts first, and then compares each
+    answer with a reference once.
+    """
     grader = open_grader(grader_name)
     different = list(dict.fromkeys(rows))
-    if grader.risky:
-        from pipeline.grading.pool import shared_pool
+    if not grader.risky:
+        row_judge = compare_row if extracted else judge_row
+        verdicts = {(text, reference): row_judge(grader, text, reference) for text, reference in different}
+        return [verdicts[row] for row in rows]
 
+    from pipeline.grading.pool import shared_pool
+
+    def worked(some: list[Row], *, extracted: bool) -> dict[Row, Judgement]:
         work = partial(shared_pool(grader_name).judge, timeout=timeout, extracted=extracted)
         if memory is None:
-            judged = work(different, workers=workers)
-        else:
-            judged = memory.judge(different, work, workers, (grader_name, extracted))
-    else:
-        row_judge = compare_row if extracted else judge_row
-        judged = [row_judge(grader, text, reference) for text, reference in different]
-    verdicts = dict(zip(different, judged, strict=True))
-    return [verdicts[row] for row in rows]
+            return dict(zip(some, work(some, workers=workers), strict=True))
+        return dict(zip(some, memory.judge(some, work, workers, (grader_name, extracted)), strict=True))
+
+    if extracted:
+        verdicts = _compared_once(grader_name, different, partial(worked, extracted=True))
+        return [verdicts[row] for row in rows]
+    found = worked(list(dict.fromkeys((text, None) for text, _ in different)), extracted=False)
+    pairs = {
+        (text, reference): (found[text, None].extracted, reference)
+        for text, reference in different
+        if reference is not None and found[text, None].status not in LOST
+    }
+    compared = _compared_once(grader_name, list(dict.fromkeys(pairs.values())), partial(worked, extracted=True))
+    return [compared[pairs[row]] if row in pairs else found[row[0], None] for row in rows]
+
+
+MOST_KNOWN = 1 << 17
+"""Pairs whose comparison a process remembers: about 30 MB."""
+
+_known: dict[str, Judgement] = {}
+_known_lock = threading.Lock()
+
+
+def _compared_once(
+    grader_name: str, pairs: list[Row], work: Callable[[list[Row]], dict[Row, Judgement]]
+) -> dict[Row, Judgement]:
+    """Compare different answers with their references, but those that this process has compared before.
+
+    A comparison depends on grader, answer and reference alone, so what is remembered only saves time. It lives and dies
+    with the process, as the pool does: a file would have to be read and written by stages that were not handed it.
+    """
+    names = {pair: _name((grader_name, True), pair) for pair in pairs}
+    with _known_lock:
+        verdicts = {pair: _known[name] for pair, name in names.items() if name in _known}
+    new = work([pair for pair in pairs if pair not in verdicts])
+    with _known_lock:
+        _known.update((names[pair], verdict) for pair, verdict in new.items() if verdict.status not in LOST)
+        for name in list(islice(_known, max(0, len(_known) - MOST_KNOWN))):
+            del _known[name]
+    return verdicts | new
 
 
 def judge_row(grader: Grader, response: str, reference: str | None) -> Judgement:

@@ -37,7 +37,7 @@ def _evaluated(name: str) -> Source:
 _GRADED = "nothing says what is right and wrong"
 _NO_EVALUATION = "no evaluation yet, or none planned (data.held_out)"
 _NO_CRITIC = "the recipe has no critic"
-_NO_RATIO = "the recipe's loss clips no ratio"
+_NO_RATIO = "the recipe's loss clips no ratio, or takes one step, whose ratio is 1"
 
 CURVES = (
     Curve("reward", "reward", "Mean over all responses, before shaping; dotted: after shaping, of those that train.",
@@ -58,7 +58,8 @@ CURVES = (
           _loop("policy:kl/old"), lack="one step an iteration, or nothing compares with the policy that sampled"),
     Curve("KL engine/trainer", "nat per token", "Sampler less trainer on the same tokens: 0 if they compute the same; "
           "dotted: mean of the absolute difference.",
-          _loop("scores:kl/sampler"), _loop("scores:kl/sampler_abs"), lack="the recipe reads no old_logprobs"),
+          _loop("scores:kl/sampler", "policy:kl/sampler"), _loop("scores:kl/sampler_abs", "policy:kl/sampler_abs"),
+          lack="the engine told no log-probabilities, or none were read again"),
     Curve("entropy", "nat per token", "Of the policy while it is trained.", _loop("policy:entropy/mean"),
           lack="no update yet"),
     Curve("length", "tokens", "Mean of the responses; dotted: the longest.", _loop("rollouts:length/mean"),

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.artifacts import MANIFEST, Artifact
+from pipeline.artifacts import Artifact
 from pipeline.catalog import is_redone, lies_at
 from pipeline.contracts import ADVANTAGES, LABELS, ROLLOUTS, SCORES
 from pipeline.errors import ArtifactError
+from pipeline.storage import MANIFEST
 
 SPEAK = (SCORES.name, LABELS.name, ADVANTAGES.name)
 """Kinds that say something of a response."""

@@ -36,7 +36,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from pipeline.artifacts import FileIdentity, identity
 from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.models.distributed import gathered, released
+from pipeline.ranks import count, rank
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 Kind = Literal["policy", "reward_model", "critic"]
@@ -103,10 +106,21 @@ def inspect(path: Path, kind: Kind = "policy") -> CheckpointFacts:
     Raises `ArtifactError`, naming file and tensor, unless: `config.json` names a model of this kind; a tokenizer is
     there; each `*.safetensors` is whole; every tensor is finite; the embedding, the head (where it is not tied) and the
     same tensors in every layer are there. The head of a reward model or critic is `score.weight` [1, width], and
-    `score.bias` [1] where there is one. At most one tensor is in memory at a time.
+    `score.bias` [1] where there is one. At most one tensor is in memory at a time. Files that are what they were when
+    they were read in this process, and were well, are not read again.
     """
     if not path.is_dir():
         raise ArtifactError("no such checkpoint directory", where=str(path))
+    files = (kind, *sorted(identity(file) for file in path.iterdir() if file.is_file()))
+    if files not in _inspected:
+        _inspected[files] = _inspect(path, kind)
+    return _inspected[files]
+
+
+_inspected: dict[tuple[Kind | FileIdentity, ...], CheckpointFacts] = {}
+
+
+def _inspect(path: Path, kind: Kind) -> CheckpointFacts:
     config = _json(path / "config.json")
     architecture = _architecture(config, path, kind)
     _check_tokenizer(path)
@@ -217,8 +231,11 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
             pad = _padding(model.config, tokenizer, ends)
             model.config.pad_token_id = pad
             tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        weights = gathered(_own_tensors(model)) if count() > 1 else None
+        if rank():
+            return
         with _no_progress_bar():
-            model.save_pretrained(path)
+            model.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
     finally:
         if generates:
@@ -228,6 +245,13 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
     written = path / "tokenizer_config.json"
     settings = {name: value for name, value in _json(written).items() if name not in HOW_IT_WAS_LOADED}
     written.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _own_tensors(model: Any) -> dict[str, Any]:
+    """What a checkpoint holds; what is tied, once."""
+    kept = released(model).state_dict()
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in kept.items() if name in once}
 
 
 @dataclass(frozen=True, slots=True)

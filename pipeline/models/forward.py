@@ -1,6 +1,7 @@
 """Forward passes over finished responses: log-probabilities, entropies, values and scores.
 
-Never more than a chunk of logits exists at once. Rows are padded on the right; which token pads does not matter.
+Logits exist for responses only, and never more than a tile of them (`chunked.py`). Rows are padded on the right; which
+token pads does not matter.
 
 Shapes: B responses, T response tokens, L prompt plus response tokens, N response tokens of all rows, V vocabulary.
 """
@@ -12,15 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models.checkpoint import reward_bias
+from pipeline.models.chunked import token_logprobs
+from pipeline.models.distributed import called
 
-LOGITS_BYTES = 2**27
-"""Of a chunk's logits in float32; several arrays of this size exist at once."""
-MOST_POSITIONS = 1024
-"""Of a chunk, however small the vocabulary is."""
 # Logits that are not hidden state times head; these families would silently get wrong log-probabilities.
 LOGITS_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -59,7 +57,6 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int | None = None,
 ) -> ResponseLogprobs:
     """Log-probabilities of each response token given the prompt and the response before it.
 
@@ -67,9 +64,7 @@ def response_logprobs(
         H_t    = logsumexp(z_t / tau) - sum_v p_t[v] z_t[v] / tau
 
     Must be taken at the temperature that sampled, or old and new log-probabilities are of different policies.
-    The head and the softmax run on response positions only, `chunk` of them at a time (as many as `LOGITS_BYTES` hold
-    when absent); with gradients, a chunk's logits are computed again in the backward pass, so that at no time more than
-    `chunk` x V of them exist.
+    The head and the softmax run on response positions only, a tile of them at a time.
 
     Raises `ContractError` for an empty prompt, `NumericsError` naming the rows whose log-probability is not finite or
     above zero, `ExperimentError` for a model whose logits are more than hidden state times head.
@@ -81,15 +76,12 @@ def response_logprobs(
     tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, head.weight.device)
     hidden = _hidden(model, tokens, attended.long())
     before, targets = hidden[rows, positions - 1], tokens[rows, positions]
-    chunk = chunk or max(1, min(MOST_POSITIONS, LOGITS_BYTES // (4 * head.weight.shape[0])))
-
-    parts = [
-        _of_chunk(head, before[start : start + chunk], targets[start : start + chunk], temperature, entropy)
-        for start in range(0, len(targets), chunk)
-    ]
-    logprobs = _scatter([part[0] for part in parts], mask)
+    found, entropies = token_logprobs(
+        before, head.weight, head.bias, targets, temperature=temperature, entropy=entropy
+    )  # fmt: skip
+    logprobs = _scatter(found, mask)
     _check(mask & ~(torch.isfinite(logprobs) & (logprobs <= 0)), logprobs, "a log-probability", "the policy")
-    return ResponseLogprobs(logprobs, mask, _scatter([part[1] for part in parts], mask) if entropy else None)
+    return ResponseLogprobs(logprobs, mask, None if entropies is None else _scatter(entropies, mask))
 
 
 def response_values(
@@ -106,7 +98,7 @@ def response_values(
     _refuse_empty_prompts(prompt_tokens)
     tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, model.score.weight.device)
     before = _hidden(model, tokens, attended.long())[rows, positions - 1]
-    values = _scatter([model.score(before).float()[:, 0]], mask)
+    values = _scatter(model.score(before).float()[:, 0], mask)
     _check(mask & ~torch.isfinite(values), values, "a value", "the critic")
     return ResponseValues(values, mask)
 
@@ -212,28 +204,6 @@ def _sharing_pays(model: Any, prompts: Sequence[Sequence[int]], groups: Sequence
     return bool(len(groups) * together * (context + together) < len(rows) * alone * (context + alone))
 
 
-def _of_chunk(
-    head: Any, hidden: Float[Tensor, "n H"], targets: Int[Tensor, " n"], temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        found: tuple[Tensor, Tensor] = checkpoint(
-            _logprobs, head, hidden, targets, temperature, entropy, use_reentrant=False, preserve_rng_state=False
-        )
-        return found
-    return _logprobs(head, hidden, targets, temperature, entropy)
-
-
-def _logprobs(
-    head: Any, hidden: Float[Tensor, "n H"], targets: Int[Tensor, " n"], temperature: float, entropy: bool
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    logits = head(hidden).float() / temperature
-    normalizer = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - normalizer
-    if not entropy:
-        return logprobs, logprobs.detach()
-    return logprobs, normalizer - ((logits - normalizer[:, None]).exp() * logits).sum(dim=-1)
-
-
 def _scores(model: Any, hidden: Float[Tensor, "B H"]) -> Float[Tensor, " B"]:
     scores: Tensor = model.score(hidden).float()[:, 0] + reward_bias(model)
     return scores
@@ -257,9 +227,8 @@ def _spread(flat: Int[Tensor, " N"], mask: Bool[Tensor, "B L"]) -> Int[Tensor, "
     return torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, flat)
 
 
-def _scatter(parts: list[Tensor], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    padded = torch.zeros(mask.shape, device=mask.device)
-    return padded.masked_scatter(mask, torch.cat(parts)) if parts else padded
+def _scatter(numbers: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
 
 
 def _check(wrong: Bool[Tensor, "B T"], numbers: Float[Tensor, "B T"], what: str, model: str) -> None:
@@ -287,7 +256,9 @@ def _hidden(
     """The last hidden states, of the model without its head; `mask` as transformers takes it."""
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-    states: Tensor = model.base_model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    return called(model, _states, input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+
+
+def _states(model: Any, **given: Any) -> Float[Tensor, "B L H"]:
+    states: Tensor = model.base_model(**given).last_hidden_state
     return states

@@ -53,6 +53,13 @@ class World(Settings):
     """Terms are drawn uniformly from 1 to this."""
     wrong_share: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the demonstrations with one wrong step, whose result is carried on to a wrong answer."""
+    lost_carries: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability with which a step of the other demonstrations that carries loses its carry: an error that everybody
+    makes alike, so that a majority makes it too where a sum has several carries."""
+    verbose_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the demonstrations that write every step down `repeats` times: as right, and longer for nothing."""
+    repeats: Annotated[int, Field(ge=2)] = 3
+    """How often a verbose demonstration writes each step."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of all prompts that is kept for evaluation."""
 
@@ -78,13 +85,17 @@ def demonstrations(world: World, count: int) -> list[dict[str, Any]]:
 
     With probability `wrong_share` one step, any with equal probability, has a wrong result: uniformly one of the
     numbers from 1 to twice the right result that differ from it. The steps after it are right, given that result, so
-    the answer is off by the same amount. Raises `ExperimentError` like `prompts`.
+    the answer is off by the same amount. In the others each step that carries is 10 too small with probability
+    `lost_carries`, and goes on from there. With probability `verbose_share`, whatever is right, every step is repeated:
+    `7+8=15,7+8=15,15+3=18,15+3=18;18`. Raises `ExperimentError` like `prompts`.
     """
-    rng = _stream(world, "mistakes")
+    rng, style, carries = (_stream(world, purpose) for purpose in ("mistakes", "style", "carries"))
     rows = []
     for chain in _chains(world, "train", "demonstrations", count):
-        results = _mistaken(chain, rng) if rng.random() < world.wrong_share else _running_sums(chain)
-        turns = [_turn("user", _prompt(chain)), _turn("assistant", _written_out(chain, results))]
+        mistaken = rng.random() < world.wrong_share
+        results = _mistaken(chain, rng) if mistaken else _forgetful(chain, world.lost_carries, carries)
+        times = world.repeats if style.random() < world.verbose_share else 1
+        turns = [_turn("user", _prompt(chain)), _turn("assistant", _written_out(chain, results, times))]
         rows.append({"messages": turns, "source": "arithmetic/demonstrations"})
     return rows
 
@@ -151,11 +162,11 @@ def _is_held_out(world: World, text: str) -> bool:
     return int.from_bytes(digest[:8], "big") < world.held_out_share * 2**64
 
 
-def _written_out(chain: tuple[int, ...], results: Iterable[int]) -> str:
-    """The steps with the given results, then the last result as the answer."""
+def _written_out(chain: tuple[int, ...], results: Iterable[int], times: int) -> str:
+    """The steps with the given results, each so many times, then the last result as the answer."""
     steps, total = [], chain[0]
     for term, result in zip(chain[1:], results, strict=True):
-        steps.append(f"{total}+{term}={result}")
+        steps += [f"{total}+{term}={result}"] * times
         total = result
     return f"{','.join(steps)};{total}"
 
@@ -170,6 +181,16 @@ def _mistaken(chain: tuple[int, ...], rng: Random) -> list[int]:
     place = rng.randrange(len(right))
     wrong = rng.choice([number for number in range(1, 2 * right[place] + 1) if number != right[place]])
     return right[:place] + [result + wrong - right[place] for result in right[place:]]
+
+
+def _forgetful(chain: tuple[int, ...], lost: float, rng: Random) -> list[int]:
+    """The running sums, each step that carries a ten 10 too small with probability `lost`."""
+    results, total = [], chain[0]
+    for term in chain[1:]:
+        carried = total % 10 + term % 10 >= 10
+        total += term - (10 if carried and rng.random() < lost else 0)
+        results.append(total)
+    return results
 
 
 def _prompt(chain: tuple[int, ...]) -> str:

@@ -1,6 +1,5 @@
 """A running average of a policy's weights, kept beside them as a checkpoint of its own."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from pipeline.errors import ArtifactError
 from pipeline.models import checkpoint
+from pipeline.models.distributed import like, own
 from pipeline.training.progress import State, Weights
 
 FOLDER = "ema"
@@ -29,14 +29,14 @@ class Average:
         """
         self.model, self.decay = model, decay
         place = policy / FOLDER
-        self.average: Any = copy.deepcopy(model).float().eval()
+        weights = Weights(model).state().tensors
+        self.tensors = {name: own(value).detach().float().clone() for name, value in weights.items()}
         if not place.is_dir():
             return
         checkpoint.inspect(place)
-        kept = checkpoint.load_policy(place, "float32").state_dict()
         try:
-            self.average.load_state_dict(kept)
-        except RuntimeError as error:
+            self.resume(Weights(checkpoint.load_policy(place, "float32")).state())
+        except (ValueError, LookupError) as error:
             raise ArtifactError(
                 f"the average is not one of this policy's weights: {error}", str(place), "delete it to start anew"
             ) from error
@@ -44,18 +44,20 @@ class Average:
     @torch.no_grad()
     def after_step(self, step: int) -> bool:
         """Take the weights after optimizer step number `step` into the average; False: there is no reason to stop."""
-        for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            average.lerp_(weight.float(), 1 - self.decay)
+        for name, weight in self.model.named_parameters():
+            self.tensors[name].lerp_(own(weight).float(), 1 - self.decay)
         return False
 
     def state(self) -> State:
         """The average so far."""
-        return Weights(self.average).state()
+        return State(self.tensors, {})
 
     def resume(self, state: State) -> None:
         """Go on from that average."""
-        Weights(self.average).resume(state)
+        for name, value in Weights(self.model).state().tensors.items():
+            self.tensors[name].copy_(own(like(state.tensors[name], value)))
 
     def save(self, tokenizer: Any, policy: Path) -> None:
-        """Write the average into the directory of the policy."""
-        checkpoint.save(self.average, tokenizer, policy / FOLDER)
+        """Write the average into the directory of the policy; the model has its weights afterwards."""
+        Weights(self.model.float()).resume(self.state())
+        checkpoint.save(self.model, tokenizer, policy / FOLDER)

@@ -9,6 +9,9 @@ from pipeline.seeds import derive
 
 Rows = Int[np.ndarray, " N"]
 
+MOST_PADDING = 0.1
+"""Share of a micro-batch's tokens; how it was chosen stands in tests/benchmarks/README.md."""
+
 
 def shuffled(count: int, seed: int, epoch: int) -> Rows:
     """The rows 0..count-1 in the order of one epoch."""
@@ -51,15 +54,23 @@ def held_out(prompt_ids: Sequence[str], share: float, seed: int) -> Bool[np.ndar
     return np.array([name in kept_back for name in prompts], dtype=bool)
 
 
-def micro_batches(rows: Rows, lengths: Int[np.ndarray, " M"], budget: int) -> Iterator[Rows]:
-    """Cut one step's rows into runs of similar length whose padded size stays under `budget` tokens.
+def micro_batches(
+    rows: Rows, lengths: Int[np.ndarray, " M"], budget: int, padding: float = MOST_PADDING
+) -> Iterator[Rows]:
+    """Cut one step's rows into runs of similar length, with at most `budget` tokens and little padding.
 
-    `lengths[row]` is the number of tokens of a row. A row longer than the budget goes alone. Longest first, so
-    that a budget that does not fit into memory fails at once.
+    `lengths[row]` is the number of tokens of a row. Of a run's padded size at most `padding` is none of them. A row
+    longer than the budget goes alone. Longest first, so that a budget that does not fit into memory fails at once.
     """
     order = rows[np.argsort(-lengths[rows], kind="stable")]
+    tokens = np.cumsum(np.concatenate([[0], lengths[order]]))
     start = 0
     while start < len(order):
-        fitting = max(1, budget // max(1, int(lengths[order[start]])))
-        yield order[start : start + fitting]
-        start += fitting
+        longest = max(1, int(lengths[order[start]]))
+        fitting = max(1, budget // longest)
+        counts = np.arange(1, min(fitting, len(order) - start) + 1)
+        # The share of padding only grows with the count: rows get shorter.
+        dense = tokens[start + counts] - tokens[start] >= (1 - padding) * longest * counts
+        taken = max(1, int(dense.sum()))
+        yield order[start : start + taken]
+        start += taken

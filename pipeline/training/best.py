@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pipeline.algorithms.losses import ranking
 from pipeline.metrics import Metrics
+from pipeline.models.distributed import own
 from pipeline.training.comparisons import Comparisons, agreement
 from pipeline.training.preference import Compared, Element, scored
-from pipeline.training.progress import State
+from pipeline.training.progress import State, Weights
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,12 @@ class Best:
         self.stale = 0 if found.accuracy > self.accuracy else self.stale + 1
         if (found.accuracy, -found.loss) > (self.accuracy, -self.loss):
             self.accuracy, self.loss, self.step = found.accuracy, found.loss, taken
-            self.weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            kept = Weights(self.model).state().tensors
+            self.weights = {name: own(value).detach().cpu().clone() for name, value in kept.items()}
 
     def restore(self, taken: int) -> None:
         """Give the model the best weights, those after the last of `taken` steps among them."""
         if taken % self.every:
             self._look(taken)
-        self.model.load_state_dict(self.weights)
+        Weights(self.model).resume(State(self.weights, {}))
         self.model.eval()

@@ -45,6 +45,10 @@ class Imitation:
         """Tokens per example."""
         return np.array([len(e.prompt) + len(e.targets) for e in self.examples], dtype=np.int64)
 
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """All rows are of one kind."""
+        return [rows]
+
     def step(self, rows: Rows) -> int:
         """The number of imitated tokens in the step."""
         return sum(sum(self.examples[row].mask) for row in rows)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericsError
 from pipeline.metrics import Metrics, console
+from pipeline.models.distributed import added, dealt, own, released, whole
+from pipeline.ranks import count
 from pipeline.seeds import derive
 from pipeline.training import batches
 from pipeline.training.batches import Rows
@@ -42,6 +44,10 @@ class Objective(Protocol):
     @property
     def lengths(self) -> Int[np.ndarray, " M"]:
         """Tokens per row, prompt included."""
+        ...
+
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """A step's rows by kind: those of two kinds are not in one micro-batch, which is one pass through the model."""
         ...
 
     def step(self, rows: Rows) -> Any:
@@ -110,7 +116,7 @@ def fit(
         share = schedule(taken)
         _set_rates(optimizer, peaks, share)
         numbers = _backward(model, objective, rows, plan.micro_batch_tokens)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)))
         if not (math.isfinite(norm) and math.isfinite(numbers["loss/total"])):
             _refuse_overflow(model, taken)
             raise _not_finite(model, objective, rows, plan.micro_batch_tokens)
@@ -150,26 +156,34 @@ def _set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], share: 
 
 def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
     """Accumulate one step's gradient over micro-batches and return the step's numbers."""
-    whole = objective.step(rows)
+    weighed = objective.step(rows)
+    if count() > 1:  # every rank is to have work
+        budget = min(budget, -(-int(objective.lengths[rows].sum()) // count()))
+    kinds = [kind for kind in objective.passes(rows) if len(kind)]
+    micros = [micro for kind in kinds for micro in batches.micro_batches(kind, objective.lengths, budget)]
     numbers: dict[str, float] = {"loss/total": 0.0}
-    for micro in batches.micro_batches(rows, objective.lengths, budget):
-        losses = objective.losses(model, micro, whole)
-        losses.total.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+    largest: set[str] = set()
+    for micro, counts in dealt(micros):
+        losses = objective.losses(model, micro, weighed)
+        (losses.total if counts else 0 * losses.total).backward()  # type: ignore[no-untyped-call]  # not annotated
+        if not counts:
+            continue
         numbers["loss/total"] += float(losses.total.detach())
         for name, value in losses.parts.items():
             numbers[name] = numbers.get(name, 0.0) + value
         for name, value in losses.largest.items():
             numbers[name] = max(numbers.get(name, value), value)
-    return numbers
+        largest |= losses.largest.keys()
+    return added(numbers, frozenset(largest))
 
 
 def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> NumericsError:
     """The rows whose own loss is not finite, found one by one."""
-    whole = objective.step(rows)
+    weighed = objective.step(rows)
     bad: list[int] = []
     with torch.no_grad():
         for row in rows:
-            alone = objective.losses(model, np.array([row]), whole)
+            alone = objective.losses(model, np.array([row]), weighed)
             if not math.isfinite(float(alone.total)):
                 bad.append(int(row))
     named = objective.names(np.array(bad[:10], dtype=np.int64)) if bad else ["none alone: the gradient overflowed"]
@@ -182,8 +196,8 @@ def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int)
 
 def _refuse_overflow(model: nn.Module, taken: int) -> None:
     """Raise for weights that a step has made infinite though its gradient was finite."""
-    for name, weights in model.named_parameters():
-        if not bool(weights.isfinite().all()):
+    for name, weights in released(model).named_parameters():
+        if not bool(own(weights).isfinite().all()):
             raise NumericsError(f"weights are not finite after step {taken}", name, "lower the learning rate")
 
 

@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError
+from pipeline.models.distributed import gathered, like, own
+from pipeline.ranks import rank
 from pipeline.training.progress import UNREADABLE, State, write_tensors
 
 TRAINER = "trainer"
 _STATE, _TENSORS = "state.json", "optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 BETAS = (0.9, 0.95)
 """InstructGPT's (arXiv:2203.02155, appendix C); the other papers name none."""
@@ -71,22 +74,32 @@ class Moments:
             number, _, name = key.partition(".")
             known[int(number)][name] = value.clone()  # not a view of a file that may be deleted
         groups = self.optimizer.param_groups
-        shapes = dict(enumerate(list(weights.shape) for group in groups for weights in group["params"]))
+        weights = dict(enumerate(parameter for group in groups for parameter in group["params"]))
         for place, of in known.items():
-            wanted = {"step": [], "exp_avg": shapes[place], "exp_avg_sq": shapes[place]}
-            if (found := {name: list(value.shape) for name, value in of.items()}) != wanted:
+            found = {name: list(value.shape) for name, value in of.items()}
+            wanted = _shapes(weights[place])
+            if found not in (wanted, _shapes(own(weights[place]))):
                 raise ValueError(f"parameter {place} has {found}, not {wanted}")
+            of |= {name: like(of[name], weights[place]) for name in _MOMENTS}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(known)})
 
     def _sizes(self) -> list[int]:
         return [len(group["params"]) for group in self.optimizer.param_groups]
 
 
+def _shapes(weights: Tensor) -> dict[str, list[int]]:
+    """Of what AdamW remembers of a parameter."""
+    return {"step": [], **{name: list(weights.shape) for name in _MOMENTS}}
+
+
 def save_state(optimizer: torch.optim.Optimizer, step: int, checkpoint: Path) -> None:
     """Write optimizer state and step count into the checkpoint's `trainer/` folder."""
+    tensors, values = Moments(optimizer).state()
+    tensors = gathered(tensors)
+    if rank():
+        return
     folder = checkpoint / TRAINER
     folder.mkdir(exist_ok=True)
-    tensors, values = Moments(optimizer).state()
     write_tensors(folder / _TENSORS, tensors)
     (folder / _STATE).write_text(json.dumps({"step": step, **values}) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline import ragged
 from pipeline.algorithms.losses import pairs, ranking
 from pipeline.models.device import device
+from pipeline.models.distributed import together
 from pipeline.models.forward import group_scores
 from pipeline.text import Chat
 from pipeline.training import batches
@@ -171,6 +172,10 @@ class Preference:
         """Tokens per element."""
         return np.array([element.tokens for element in self.elements], dtype=np.int64)
 
+    def passes(self, rows: Rows) -> Sequence[Rows]:
+        """All rows are of one kind."""
+        return [rows]
+
     def step(self, rows: Rows) -> int:
         """The number of prompts in the step."""
         return len(rows)
@@ -203,8 +208,13 @@ def scored(model: nn.Module, some: Sequence[Element], budget: int) -> Float[np.n
     found: dict[int, np.ndarray] = {}
     lengths = np.array([element.tokens for element in some], dtype=np.int64)
     with torch.no_grad():
-        for rows in batches.micro_batches(np.arange(len(some)), lengths, budget):
-            scores = element_scores(model, [some[row] for row in rows]).double().cpu().numpy()
+        pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget))
+        for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows])):
             ends = np.cumsum([len(some[row].responses) for row in rows])[:-1]
             found |= zip(rows.tolist(), np.split(scores, ends), strict=True)
     return np.concatenate([found[row] for row in range(len(some))])
+
+
+def _read(model: nn.Module, some: Sequence[Element]) -> Float[np.ndarray, " R"]:
+    scores: Float[np.ndarray, " R"] = element_scores(model, some).double().cpu().numpy()
+    return scores

@@ -1,8 +1,8 @@
 """A training in progress, saved every so many optimizer steps: after a crash it goes on from there, bit for bit.
 
     working/progress/00000200-HASH16/    the last saving; the one before it is deleted once this one is on the disk
-        state.json                       rows of the metrics so far, what is no tensor, hash of the tensors
-        tensors.safetensors              weights, moments of the optimizer, what a watcher remembers
+        state.json                       rows of the metrics so far, what is no tensor, hashes of the tensors
+        rank-0-of-1.safetensors          weights, moments of the optimizer, what a watcher remembers: each rank's share
 
 The directory's name has the hash of `state.json`, so no byte of a saving can change unseen. Random numbers are not
 kept: those of a step (dropout) are a function of the seed and of the steps taken before it.
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import Outbox, file_record, flush
 from pipeline.errors import ArtifactError
+from pipeline.models.distributed import everybody, like, own, released, told
+from pipeline.ranks import count, rank
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, SafetensorError)
 """What reading damaged JSON or tensors raises."""
 
-_STATE, _TENSORS, _UNFINISHED = "state.json", "tensors.safetensors", "unfinished"
+_STATE, _UNFINISHED = "state.json", "unfinished"
 
 
 class State(NamedTuple):
@@ -57,20 +59,23 @@ class Weights:
 
     def state(self) -> State:
         """By the module's names."""
+        released(self.module)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # some share their memory
         return State({**dict(self.module.named_parameters()), **buffers}, {})
 
     def resume(self, state: State) -> None:
         """Copy them back."""
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        if unpaired := sorted(own.keys() ^ state.tensors.keys()):
+        released(self.module)
+        mine = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        if unpaired := sorted(mine.keys() ^ state.tensors.keys()):
             raise ValueError(f"only one of model and file has {', '.join(unpaired[:5])}")
         with torch.no_grad():
-            for name, value in own.items():
-                found = state.tensors[name]
-                if found.shape != value.shape:
-                    raise ValueError(f"{name} of shape {list(found.shape)}, the model's is {list(value.shape)}")
-                value.copy_(found)
+            for name, value in mine.items():
+                try:
+                    found = like(state.tensors[name], value)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from error
+                own(value).copy_(own(found))
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,15 @@ class Progress:
         A saving that is damaged is passed over, and the log says so.
         """
         for folder in self._savings():
-            step = int(folder.name.partition("-")[0])
+            step, why = int(folder.name.partition("-")[0]), ""
             try:
                 rows, states = _read(folder)
             except UNREADABLE as error:
-                self.out.say(f"not going on from step {step}, what was saved there is damaged: {error}")
-                shutil.rmtree(folder)
+                why = str(error)
+            if reasons := list(filter(None, everybody(why))):
+                self.out.say(f"not going on from step {step}, what was saved there is of no use: {reasons[0]}")
+                if not rank():
+                    shutil.rmtree(folder)
                 continue
             _put_back(parts, states, folder)
             self.out.metrics.rows[:] = rows
@@ -105,9 +113,13 @@ class Progress:
         if not self.every or step % self.every:
             return
         unfinished = self._place / _UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        if not rank():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        told("the folder is there")
         hashed = _write(unfinished, self.out.metrics.rows, {name: part.state() for name, part in parts.items()})
+        if rank():
+            return
         unfinished.rename(self._place / f"{step:08d}-{hashed[:16]}")
         flush(self._place)
         for older in self._savings()[1:]:
@@ -128,27 +140,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write(folder: Path, rows: list[dict[str, Any]], states: Mapping[str, State]) -> str:
-    """Have it all on the disk and return the hash of `state.json`."""
-    named = {f"{part}/{name}": tensor for part, state in states.items() for name, tensor in state.tensors.items()}
-    write_tensors(folder / _TENSORS, named)
+    """Have it all on the disk and return the hash of `state.json`, on rank 0."""
+    named = {f"{part}/{name}": own(tensor) for part, state in states.items() for name, tensor in state.tensors.items()}
+    write_tensors(folder / _share(), named)
+    flush(folder / _share())
+    written = everybody((_share(), file_record(folder / _share()).blake2b))
+    if rank():
+        return ""
     values = {part: state.values for part, state in states.items()}
-    told = {"rows": rows, "values": values, "tensors": file_record(folder / _TENSORS).blake2b}
-    (folder / _STATE).write_text(json.dumps(told), encoding="utf-8")
-    for path in (folder / _TENSORS, folder / _STATE, folder):
+    (folder / _STATE).write_text(json.dumps({"rows": rows, "values": values, "tensors": dict(written)}), "utf-8")
+    for path in (folder / _STATE, folder):
         flush(path)
     return file_record(folder / _STATE).blake2b
+
+
+def _share() -> str:
+    """The file with what this process has of the tensors."""
+    return f"rank-{rank()}-of-{count()}.safetensors"
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, State]]:
     """The rows of the metrics and the state of every part. Raises one of `UNREADABLE` unless it is as written."""
     _check(folder / _STATE, folder.name.partition("-")[2])
-    told = json.loads((folder / _STATE).read_bytes())
-    _check(folder / _TENSORS, told["tensors"])
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in told["values"]}
-    for name, tensor in load_file(folder / _TENSORS).items():
-        part, _, own = name.partition("/")
-        tensors[part][own] = tensor
-    return told["rows"], {part: State(tensors[part], values) for part, values in told["values"].items()}
+    kept = json.loads((folder / _STATE).read_bytes())
+    if _share() not in kept["tensors"]:
+        raise ValueError(f"it was saved by {len(kept['tensors'])} processes, and these are {count()}")
+    _check(folder / _share(), kept["tensors"][_share()])
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in kept["values"]}
+    for name, tensor in load_file(folder / _share()).items():
+        part, _, theirs = name.partition("/")
+        tensors[part][theirs] = tensor
+    return kept["rows"], {part: State(tensors[part], values) for part, values in kept["values"].items()}
 
 
 def _check(path: Path, hashed: str) -> None:

@@ -7,25 +7,20 @@ own, its start included; the second of two turns counts (files are then in memor
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import numpy as np
+import pyarrow as pa
+from measuring import ROOT, rlhf, store, verdict
+
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-
-from pipeline.artifacts import Outbox  # noqa: E402
-from pipeline.catalog import EXPERIMENT_FILE  # noqa: E402
-from pipeline.contracts import LABELS, ROLLOUTS, Contract  # noqa: E402
+from pipeline.artifacts import Outbox
+from pipeline.catalog import EXPERIMENT_FILE
+from pipeline.contracts import LABELS, ROLLOUTS, Contract
 
 TOKENS, GROUP, SHARD = 64, 16, 50_000
 SHOW, SQL = (2.0, 300), (3.0, None)
@@ -98,17 +93,9 @@ def plant(folder: Path, rows: int, labelled: int) -> None:
 
 def measure(words: list[str]) -> tuple[float, float]:
     """Seconds and megabytes of `rlhf` with these words, the second time."""
-    for _ in range(2):
-        started = time.monotonic()
-        with subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words], cwd=ROOT, stdout=subprocess.DEVNULL
-        ) as process:  # fmt: skip
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"rlhf {' '.join(words)} ended with {process.returncode}")
-        seconds, megabytes = time.monotonic() - started, usage.ru_maxrss * 1024 / 1e6
-    return seconds, megabytes
+    rlhf(*words)
+    usage = rlhf(*words)
+    return usage.seconds, usage.gigabytes * 1000
 
 
 def main() -> None:
@@ -135,16 +122,12 @@ def main() -> None:
             for name, statement in STATEMENTS.items()
         }
         found = {name: (*measure(words), *limits) for name, (words, limits) in commands.items()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, commit {commit.stdout.strip()}")
     print(f"{'':45} {'seconds':>8} {'limit':>6} {'MB':>6} {'limit':>6}")
     for name, (seconds, megabytes, most_seconds, most_megabytes) in found.items():
         print(f"{name:45} {seconds:8.2f} {most_seconds:6.1f} {megabytes:6.0f} {most_megabytes or '':>6}")
-    file = ROOT / ".benchmarks" / "looking.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"commit": commit.stdout.strip(), "found": found}, indent=2) + "\n", encoding="utf-8")
-    if any(s > most or m > (limit or m) for s, m, most, limit in found.values()):
-        raise SystemExit(1)
+    store("looking", {"found": found})
+    beyond = [name for name, (s, m, most, limit) in found.items() if s > most or m > (limit or m)]
+    verdict([f"{name}: {found[name][0]:.2f} s, {found[name][1]:.0f} MB" for name in beyond])
 
 
 if __name__ == "__main__":

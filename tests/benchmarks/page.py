@@ -9,25 +9,21 @@ of its own. Exit code 1 beyond a limit.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import numpy as np
+import pyarrow as pa
+from measuring import ROOT, rlhf, store, verdict
+from tokenizers import Tokenizer, models
+
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-
-from pipeline.artifacts import Artifact, Outbox  # noqa: E402
-from pipeline.catalog import EXPERIMENT_FILE  # noqa: E402
-from pipeline.contracts import ADVANTAGES, LABELS, POLICY, PROMPTS, ROLLOUTS, SCORES, Contract  # noqa: E402
+from pipeline.artifacts import Artifact, Outbox
+from pipeline.catalog import EXPERIMENT_FILE
+from pipeline.contracts import ADVANTAGES, LABELS, POLICY, PROMPTS, ROLLOUTS, SCORES, Contract
 
 SECONDS, MEGABYTES = 20.0, 10.0
 """What the page may take."""
@@ -179,18 +175,6 @@ class Plant:
         return pa.ListArray.from_arrays(ends, values.ravel())
 
 
-def build(run: Path, file: Path) -> tuple[float, float, float]:
-    """Seconds of `rlhf report`, those that a processor worked, and the most memory of its process in gigabytes."""
-    words = [sys.executable, "-m", "flows.cli", "report", str(run), "-o", str(file)]
-    started = time.monotonic()
-    with subprocess.Popen(words, cwd=ROOT) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"rlhf report ended with {process.returncode}")
-    return time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
-
-
 def main() -> None:
     """Plant, build, print, refuse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,19 +189,17 @@ def main() -> None:
         if not run.exists():
             run = Plant(folder, shape).grow()
         file = folder / "report.html"
-        seconds, worked, memory = build(run, file)
+        usage = rlhf("report", run, "-o", file)
         megabytes = file.stat().st_size / 1e6
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     told = {
         "responses": shape.iterations * shape.groups * shape.group_size, "tokens_each": shape.tokens,
-        "seconds": round(seconds, 2), "limit_seconds": SECONDS,
-        "processor_seconds": round(worked, 2), "megabytes": round(megabytes, 2),
-        "limit_megabytes": MEGABYTES, "peak_gigabytes": round(memory, 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit.stdout.strip(),
+        "seconds": round(usage.seconds, 2), "limit_seconds": SECONDS,
+        "processor_seconds": round(usage.worked, 2), "megabytes": round(megabytes, 2),
+        "limit_megabytes": MEGABYTES, "peak_gigabytes": round(usage.gigabytes, 2),
     }  # fmt: skip
     print(json.dumps(told, indent=2))
-    if seconds > SECONDS or megabytes > MEGABYTES:
-        raise SystemExit(1)
+    store("page", told)
+    verdict([f"page: {told[name]} {name}" for name in ("seconds", "megabytes") if told[name] > told[f"limit_{name}"]])
 
 
 if __name__ == "__main__":

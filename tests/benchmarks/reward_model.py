@@ -11,30 +11,24 @@ TRL is installed into an environment of its own.
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
-import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import pyarrow.parquet as pq
+from measuring import ROOT, TRL, WORK, environment, run, store
+
 sys.path.insert(0, str(ROOT))
 
-import pyarrow.parquet as pq  # noqa: E402
+from pipeline.artifacts import METRICS_FILE, Artifact
+from pipeline.models import checkpoint
+from pipeline.models.fresh import ModelSpec, create
+from pipeline.text import Chat
+from stages.ingest import Settings as IngestSettings
+from stages.ingest import ingest
 
-from pipeline.artifacts import METRICS_FILE, Artifact  # noqa: E402
-from pipeline.models import checkpoint  # noqa: E402
-from pipeline.models.fresh import ModelSpec, create  # noqa: E402
-from pipeline.text import Chat  # noqa: E402
-from stages.ingest import Settings as IngestSettings  # noqa: E402
-from stages.ingest import ingest  # noqa: E402
-
-PEERS = ("torch==2.13.0", "trl==1.16.0")
 TEST_PAIRS = 300
 
 MODEL = {"layers": 1, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 2, "tokenizer": "bpe", "vocab_size": 2048,
@@ -73,9 +67,9 @@ def main() -> None:
     """Prepare, train in turn, print the table, write the results."""
     asked = _arguments()
     plan = Plan(**{name: getattr(asked, name) for name in ("epochs", "learning_rate", "threads")})
-    work = asked.work.resolve()
+    work = WORK / "reward_model"
     work.mkdir(parents=True, exist_ok=True)
-    python = peer_python(work / "trl")
+    python = environment("trl", TRL)
     train, test = split(asked.data, work)
     policy = fresh_policy(work / "policy", train)
     found: dict[str, list[Outcome]] = {"this": [], "TRL": []}
@@ -85,7 +79,7 @@ def main() -> None:
         found["TRL"].append(theirs(plan, python, model, train, test, work / f"trl-{seed}", seed))
         for name, outcomes in found.items():
             print(f"seed {seed}  {name:5}  {outcomes[-1]}", flush=True)
-    report(found, plan, asked.seeds, work / "results.json")
+    report(found, plan, asked.seeds)
 
 
 def _arguments() -> argparse.Namespace:
@@ -95,18 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=Plan.epochs)
     parser.add_argument("--learning-rate", type=float, default=Plan.learning_rate)
     parser.add_argument("--threads", type=int, default=Plan.threads)
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks", help="environments and results")
     return parser.parse_args()
-
-
-def peer_python(folder: Path) -> Path:
-    """The Python of an environment with TRL, made where there is none."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        for package in PEERS:  # torch first: with it there, TRL asks for no other build
-            subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
-    return python
 
 
 def split(data: Path, work: Path) -> tuple[Artifact, Artifact]:
@@ -151,7 +134,7 @@ def ours(plan: Plan, model: Path, train: Artifact, test: Artifact, out: Path, se
     words = ["--rankings", train.path, "--held-out", test.path, "--reward-model", model, "--out", out]
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
-    peak = _run([sys.executable, "-m", "stages.reward", *map(str, words)], plan.threads)
+    peak = run([sys.executable, "-m", "stages.reward", *words], plan.threads).gigabytes
     made = Artifact.open(out)
     numbers = {row["name"]: row["value"] for row in pq.read_table(out / METRICS_FILE).to_pylist()}
     return Outcome(made.stats["accuracy/test"], numbers["speed/pairs_per_second"], peak)
@@ -173,7 +156,7 @@ def theirs(
     }  # fmt: skip
     (out / "plan.json").write_text(json.dumps(wanted))
     script = Path(__file__).with_name("trl_reward.py")
-    peak = _run([str(python), str(script), str(out / "plan.json"), str(out / "result.json")], plan.threads)
+    peak = run([python, script, out / "plan.json", out / "result.json"], plan.threads).gigabytes
     told: dict[str, Any] = json.loads((out / "result.json").read_text())
     if told["rows"]["train"] != train.stats["rows"]:
         raise SystemExit(f"TRL trained on {told['rows']['train']} pairs, not on {train.stats['rows']}")
@@ -202,25 +185,7 @@ def _refuse_other_tokens(first: dict[str, list[int]], model: Path, train: Artifa
             raise SystemExit(f"TRL reads other tokens of the first pair: {first[name][:20]} ...")
 
 
-def _run(words: list[str], threads: int) -> float:
-    """Run a process to its end; its largest memory in gigabytes. Its words are shown only when it fails."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    with subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:  # fmt: skip
-        said = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words[:4])} ... ended with {process.returncode}\n{said[-4000:]}")
-    return usage.ru_maxrss * 1024 / 1e9
-
-
-def report(found: dict[str, list[Outcome]], plan: Plan, seeds: list[int], file: Path) -> None:
+def report(found: dict[str, list[Outcome]], plan: Plan, seeds: list[int]) -> None:
     """The table for people, and everything for later."""
     print(f"\n{'':6} {'accuracy, mean':>15} {'spread':>8} {'pairs/s':>9} {'peak GB':>8}")
     for name, outcomes in found.items():
@@ -232,22 +197,8 @@ def report(found: dict[str, list[Outcome]], plan: Plan, seeds: list[int], file: 
     ours, theirs = ([outcome.pairs_per_second for outcome in found[name]] for name in ("this", "TRL"))
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(f"ratio of pairs per second, seed by seed: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    told = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": _commit(),
-        "model": MODEL,
-        "plan": asdict(plan),
-        "seeds": seeds,
-        "outcomes": {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in found.items()},
-    }
-    file.write_text(json.dumps(told, indent=2) + "\n")
-    print(f"written to {file}")
-
-
-def _commit() -> str:
-    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return said.stdout.strip()
+    outcomes = {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in found.items()}
+    store("reward_model", {"model": MODEL, "plan": asdict(plan), "seeds": seeds, "outcomes": outcomes})
 
 
 if __name__ == "__main__":

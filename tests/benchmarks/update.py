@@ -12,21 +12,16 @@ are its own. Loss and gradient of the first step must agree. Exit code 1 where a
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from measuring import ROOT, TRL, WORK, environment, side, store, verdict
 
-PEERS = ("torch==2.13.0", "trl==1.16.0")
 GROUP = 8
 SPEED, MEMORY = 1.5, 1 / 3
 """Goals: of the tokens per second at least, on both models; of the memory at most, on the large one."""
@@ -54,7 +49,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="counted passes in each process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-batch", type=int, default=8, help="TRL's rows per micro-batch; 8 is its default")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks", help="environments and results")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -68,10 +62,10 @@ def main() -> None:
 
 def compare(asked: argparse.Namespace) -> None:
     """Measure both sides in turn, print the table, write the results, refuse what misses a goal."""
-    python = {"this": Path(sys.executable), "TRL": peer_python(asked.work.resolve() / "trl")}
+    python = {"this": Path(sys.executable), "TRL": environment("trl", TRL)}
     found: dict[str, Any] = {}
     for name in asked.models:
-        folder = asked.work.resolve() / "update" / name
+        folder = WORK / "update" / name
         folder.mkdir(parents=True, exist_ok=True)
         plan = {
             **PLAN, **MODELS[name], "policy": str(folder / "policy"), "output": str(folder / "trainer"),
@@ -79,55 +73,26 @@ def compare(asked: argparse.Namespace) -> None:
         }  # fmt: skip
         file = folder / "plan.json"
         file.write_text(json.dumps(plan), encoding="utf-8")
-        child(python["this"], "prepare", file, asked.threads)
+        side(python["this"], __file__, "prepare", file, asked.threads)
         sides: dict[str, list[dict[str, Any]]] = {"this": [], "TRL": []}
         for number in range(asked.rounds):
-            for side, outcomes in sides.items():
-                outcomes.append(child(python[side], side, file, asked.threads))
-                print(f"{name}, round {number}, {side}: {outcomes[-1]}", flush=True)
+            for one, outcomes in sides.items():
+                outcomes.append(side(python[one], __file__, one, file, asked.threads))
+                print(f"{name}, round {number}, {one}: {outcomes[-1]}", flush=True)
         agree(sides)
         found[name] = sides
     missed = report(found)
-    write(asked, found)
-    if missed:
-        raise SystemExit(1)
-
-
-def peer_python(folder: Path) -> Path:
-    """The Python of an environment with TRL, made where there is none."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        for package in PEERS:  # torch first: with it there, TRL asks for no other build
-            subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
-    return python
-
-
-def child(python: Path, side: str, plan: Path, threads: int) -> dict[str, Any]:
-    """What a side tells, and its largest memory in gigabytes. Its words are shown only when it fails.
-
-    This process stays small: the memory of a child counts from that of the process that starts it.
-    """
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    words = [str(python), str(Path(__file__)), "--side", side, "--plan", str(plan)]
-    with subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:  # fmt: skip
-        said = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{side} ended with {process.returncode}\n{said[-4000:]}")
-    told = json.loads((plan.parent / f"{side}.json").read_text(encoding="utf-8"))
-    return {**told, "gigabytes": usage.ru_maxrss * 1024 / 1e9}
+    store(
+        "update",
+        {"models": MODELS, "plan": PLAN, "threads": asked.threads, "peer_batch": asked.peer_batch, "found": found},
+    )
+    verdict(missed)
 
 
 def agree(sides: dict[str, list[dict[str, Any]]]) -> None:
     """Both sides must take the same step, or they do not do the same work."""
     for name in ("loss", "norm"):
-        ours, theirs = (sides[side][0][name] for side in ("this", "TRL"))
+        ours, theirs = (sides[one][0][name] for one in ("this", "TRL"))
         if not math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-6):
             raise SystemExit(f"the first step's {name} is {ours} here and {theirs} in TRL")
 
@@ -138,15 +103,15 @@ def report(found: dict[str, Any]) -> list[str]:
     print(f"\n{'':8} {'':8} {'update tok/s':>13} {'score tok/s':>12} {'step s':>8} {'peak GB':>8} {'not padding':>12}")
     for name, sides in found.items():
         middle = {
-            side: {
+            one: {
                 key: statistics.median(outcome[key] for outcome in outcomes)
                 for key in ("update", "score", "whole", "gigabytes", "useful")
             }
-            for side, outcomes in sides.items()
+            for one, outcomes in sides.items()
         }
-        for side, of in middle.items():
+        for one, of in middle.items():
             print(
-                f"{name:8} {side:8} {of['update']:13,.0f} {of['score']:12,.0f} {of['whole']:8.2f} "
+                f"{name:8} {one:8} {of['update']:13,.0f} {of['score']:12,.0f} {of['whole']:8.2f} "
                 f"{of['gigabytes']:8.2f} {of['useful']:12.2f}"
             )
         ours, theirs = middle["this"], middle["TRL"]
@@ -158,21 +123,7 @@ def report(found: dict[str, Any]) -> list[str]:
         missed += [f"{name}: {key} {ratio[key]:.2f}, not {SPEED}" for key in ("update", "score") if ratio[key] < SPEED]
         if name == "large" and ratio["gigabytes"] > MEMORY:
             missed.append(f"{name}: memory {ratio['gigabytes']:.2f}, not {MEMORY:.2f}")
-    print("\n".join(["", *(f"missed: {line}" for line in missed)]))
     return missed
-
-
-def write(asked: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Everything for later."""
-    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    told = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "commit": said.stdout.strip(), "models": MODELS,
-        "plan": PLAN, "threads": asked.threads, "peer_batch": asked.peer_batch, "found": found,
-    }  # fmt: skip
-    file = asked.work / "update.json"
-    file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {file}")
 
 
 def prepare(plan: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +142,7 @@ def prepare(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_of(plan: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
-    """Groups that share a prompt of 8 to 32 tokens; responses of 8 to 256, half of them below 48. Advantages sum to 0.
+    """Groups that share a prompt of 8 to 32 tokens; responses of 8 to 256, half of them below 48.
 
     Tokens from 3 on: the first three are the tokenizer's own.
     """
@@ -203,7 +154,7 @@ def rows_of(plan: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
             response = [drawn.randrange(3, vocabulary) for _ in range(length)]
             rows.append(
                 {"prompt_id": f"{group:04d}", "sample": sample, "prompt_tokens": prompt, "response_tokens": response,
-                 "advantage": 1.0 if sample % 2 else -1.0}
+                 "advantage": drawn.gauss(0, 1)}
             )  # fmt: skip
     return rows
 

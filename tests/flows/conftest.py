@@ -88,11 +88,11 @@ recipe = "grpo"
 
 [recipe_changes]
 dapo                  = { rollout = { group_size = 4, rounds = 2 }, update = { minibatches = 2 }, shape = [{ kind = "overlong_penalty", limit = 16, buffer = 4 }] }
-grpo                  = { rollout = { group_size = 4 }, update = { minibatches = 2 } }
+grpo                  = { rollout = { group_size = 4 } }
 instructgpt           = { sft = { epochs = 10 }, mix = { per_response = 1.0 }, update = { minibatches = 2 } }
 ppo                   = { update = { epochs = 2 } }
 reinforce_pp          = { update = { minibatches = 2 } }
-reinforce_pp_baseline = { rollout = { group_size = 4 }, update = { minibatches = 2 } }
+reinforce_pp_baseline = { rollout = { group_size = 4 } }
 rlsc                  = { rollout = { group_size = 4 } }
 ttrl                  = { rollout = { group_size = 8 }, filter = [{ kind = "first", n = 4 }], update = { minibatches = 2 } }
 vapo                  = { rollout = { group_size = 4 }, update = { minibatches = 2 }, critic = { pretrain_steps = 4 } }
@@ -332,6 +332,12 @@ def served(tmp_path_factory) -> Iterator[Served]:
         process.terminate()
         process.wait(60)
     assert living(environment) == []
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return _free_port()
 
 
 def _free_port() -> int:

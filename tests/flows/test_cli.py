@@ -138,6 +138,21 @@ def test_prompts_that_nobody_can_judge_are_refused_before_any_model(desk, tmp_pa
     assert not (desk.folder / f"runs/j-{recipe}/sft").exists()
 
 
+def test_held_out_prompts_may_be_trained_on_without_their_answers(desk, tmp_path):
+    path = rows(tmp_path / "same.jsonl", *({"prompt": f"1+1+{n}=", "answer": str(n + 2)} for n in range(1, 9)))
+    words = ["run", "small.toml", "--set", "data.test_time=true", "--set", "scale.iterations=1"]
+    for part in ("prompts", "held_out"):
+        words += ["--set", f"data.{part}={{files=['{path}']}}"]
+    refused = desk.refusal(*words, "--recipe", "grpo", "--name", "t-grpo", "--set", "base=t-grpo")
+    assert "recipe grpo learns from answers" in refused
+    assert not (desk.folder / "runs/t-grpo/0000").exists()
+    demonstrated = f"data.demonstrations={{files=['{path}']}}"
+    again = desk.refusal(*words, "--recipe", "ttrl", "--name", "t-d", "--set", "base=t-d", "--set", demonstrated)
+    assert "8 held-out prompts are also trained on" in again
+    desk.rlhf(*words, "--recipe", "rlsc", "--name", "t-rlsc", "--set", "base=t-rlsc")
+    assert (desk.folder / "runs/t-rlsc/0000/policy").is_dir()
+
+
 @pytest.mark.parametrize("part", ["prompts", "demonstrations"])
 def test_held_out_prompts_may_not_be_trained_on(desk, tmp_path, part):
     path = rows(tmp_path / "same.jsonl", {"prompt": "1+1=", "answer": "2"})

@@ -21,7 +21,7 @@ def gradient(run, table, policy, budget, order):
     """Loss and gradient of one optimizer step over all rows, cut into micro-batches of `budget` tokens."""
     recipe = run.experiment.recipe
     terms = [Term.of(line) for line in recipe.loss]
-    objective = Improvement(table, terms, WEIGHTS[recipe.update.weights], recipe.temperature)
+    objective = Improvement(table, terms, WEIGHTS[recipe.update.weights], recipe.temperature, one_step=True)
     model = checkpoint.load_policy(policy, "float32")
     weighed, total = objective.step(order), 0.0
     for micro in batches.micro_batches(order, objective.lengths, budget):

@@ -3,9 +3,13 @@
 import base64
 import re
 import string
+import threading
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
+from prefect import flow
+from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import pictures
@@ -79,3 +83,34 @@ def test_samples_are_best_worst_and_random_ones_and_the_same_again(run, there):
 def test_outside_a_flow_run_nothing_is_made(run, there):
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # where nobody would take it
         pictures.show(run, 1)
+
+
+def test_what_is_shown_is_made_meanwhile_in_order_and_waited_for():
+    made, begin = [], threading.Event()
+    pictures._later(begin.wait, timeout=60)
+    for number in range(3):
+        pictures._later(partial(made.append, number))
+    assert made == []
+    begin.set()
+    pictures.wait()
+    assert made == [0, 1, 2]
+
+
+def test_what_could_not_be_shown_is_told_to_who_waits():
+    pictures._later(partial(int, "no number"))
+    with pytest.raises(ValueError, match="no number"):
+        pictures.wait()
+    pictures.wait()
+
+
+def test_a_link_belongs_to_the_flow_run_that_left_it(served, run, there):
+    @flow(name="linking")
+    def linking():
+        pictures.link(Artifact.open(run.iteration(0) / "policy"), "linked-meanwhile")
+        pictures.wait()
+        return str(FlowRunContext.get().flow_run.id)
+
+    with temporary_settings({PREFECT_API_URL: served.url}):
+        number = linking()
+    (link,) = served.ask("artifacts/filter", {"artifacts": {"key": {"any_": ["linked-meanwhile"]}}})
+    assert link["flow_run_id"] == number

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from flows.tables import STAGES, load_stage
-from pipeline.artifacts import MANIFEST, Artifact
+from pipeline.artifacts import Artifact
 from pipeline.catalog import artifacts_of
+from pipeline.storage import MANIFEST
 
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -179,7 +180,7 @@ SHOW = """
 import sys
 from pathlib import Path
 from prefect import flow
-from flows.pictures import show
+from flows.pictures import show, wait
 from flows.run import Run, look_up
 from pipeline.experiment import Experiment
 
@@ -187,6 +188,7 @@ from pipeline.experiment import Experiment
 def showing():
     run = Path(sys.argv[1])
     show(Run(Experiment.load(run / "experiment.toml"), run.parent, look_up), 1)
+    wait()
 
 showing()
 """

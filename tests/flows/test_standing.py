@@ -14,9 +14,10 @@ from flows import looking, reports
 from flows.lineage import Ledger, tree
 from flows.status import Line, _folded, status
 from flows.verifying import verified
-from pipeline.artifacts import MANIFEST, PRUNED, SCRATCH, Artifact
-from pipeline.catalog import artifacts_of, scratches
+from pipeline.artifacts import PRUNED, SCRATCH, Artifact
+from pipeline.catalog import Survey, artifacts_of
 from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.storage import MANIFEST
 
 
 @pytest.fixture
@@ -165,8 +166,8 @@ def test_status_tells_running_from_unfinished_and_what_is_missing(root):
     rows = {row[0]: row for row in sheet.rows}
     assert rows["0002/advantages"][1] == "unfinished" and "1 parts" in rows["0002/advantages"][4]
     assert rows["0002/policy"][1] == "running" and f"process {os.getpid()} on here" in rows["0002/policy"][4]
-    assert len(scratches(root)) == 2
-    for scratch in scratches(root):
+    assert len(Survey.of(root).scratches) == 2
+    for scratch in Survey.of(root).scratches:
         shutil.rmtree(scratch)
     missing = [name for name, state in states(root).items() if state == "missing"]
     assert missing == ["0002/advantages", "0002/policy"]

@@ -13,7 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact, InputRecord, Manifest, Outbox, digest_of, file_record, fingerprint_of, place_of
+from pipeline.artifacts import (
+    Artifact,
+    InputRecord,
+    Manifest,
+    Outbox,
+    digest_of,
+    file_record,
+    fingerprint_of,
+    identity,
+    place_of,
+)
 from pipeline.contracts import CRITIC, DOCUMENTS, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
 from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 
@@ -258,13 +268,28 @@ def test_a_part_that_is_gone_is_refused(tmp_path):
         Artifact.open(made.path).table()
 
 
+def test_a_file_is_the_same_where_its_directory_is_moved_and_another_once_it_is_written_to(tmp_path):
+    made = make(tmp_path / "out")
+    path = made.part_paths()[0]
+    before, times = identity(path), path.stat()
+    assert made.faults() == []
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    assert identity(moved / path.name) == before
+    damaged = bytearray((moved / path.name).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (moved / path.name).write_bytes(damaged)
+    os.utime(moved / path.name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert identity(moved / path.name) != before
+    assert Artifact.open(moved).faults() == [f"{path.name}: other bytes than it was made with"]
+
+
 def test_a_key_in_two_parts_is_found(tmp_path):
     made = make(tmp_path / "x", part("a", "b"), part("b"))
     with pytest.raises(ContractError, match="not unique"):
         made.check()
 
 
-def test_a_group_in_two_parts_is_found(tmp_path):
+def test_a_group_in_two_parts_is_found(tmp_path, monkeypatch):
     def rollouts(*keys):
         rows = [
             {
@@ -281,7 +306,9 @@ def test_a_group_in_two_parts_is_found(tmp_path):
         out.write(1, rollouts(*last))
         made = out.commit()
         if name == "good":
-            made.check()
+            with monkeypatch.context() as patched:  # nor are all keys read at once where groups lie apart
+                patched.setattr(Artifact, "table", None)
+                made.check()
         else:
             with pytest.raises(ContractError, match="do not stand together"):
                 made.check()

@@ -72,7 +72,8 @@ GOOD = {
         {
             **key, **TOKENS, "advantages": [0.5, -0.5], "returns": None if i == 0 else [1.0, 1.0],
             "old_logprobs": [-1.0, 0.0], "ref_logprobs": [-1.0, -2.0], "values": [0.0, 1.0], "reward": 1.0,
-            "shaped_reward": 0.5, "correct": None, "finished": True,
+            "sampler_logprobs": None if i == 0 else [-1.0, -0.5], "shaped_reward": 0.5, "correct": None,
+            "finished": True,
         }
         for i, key in enumerate(KEYS)
     ],

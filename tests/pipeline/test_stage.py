@@ -1,17 +1,20 @@
 """The stage protocol, on a real stage in a package of its own."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import Artifact, fingerprint_of
+from pipeline.artifacts import Artifact, file_record, fingerprint_of
 from pipeline.contracts import DOCUMENTS, LABELS, POLICY
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, InputError
 from pipeline.experiment import Experiment
@@ -125,6 +128,26 @@ def test_a_place_with_something_else_in_it_is_refused(toy, documents, diary, tmp
     with pytest.raises(ArtifactError, match="not an artifact"):
         toy.toy.run(tmp_path, toy.Settings(), documents=documents("one", "a"))
     assert diary("runs") == []
+
+
+def test_a_table_that_was_sound_is_looked_at_again_once_it_has_other_bytes(toy, documents, diary, tmp_path):
+    one = documents("one", "a")
+    toy.toy.run(tmp_path / "first", toy.Settings(), documents=one)
+    toy.toy.run(tmp_path / "second", toy.Settings(text="ho"), documents=one)
+    part = one / "part-00000.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:4] + bytes([whole[4] ^ 1]) + whole[5:])
+    with pytest.raises(ArtifactError, match=r"not as it was made: part-00000\.parquet: other bytes"):
+        toy.toy.run(tmp_path / "third", toy.Settings(text="hi"), documents=one)
+    broken = pq.read_table(tmp_path / "first" / "part-00000.parquet")
+    pq.write_table(pa.concat_tables([broken, broken]), part)
+    manifest = json.loads((one / "manifest.json").read_text())
+    manifest["files"][part.name] = file_record(part).model_dump()
+    (one / "manifest.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        with pytest.raises(ContractError):
+            toy.toy.run(tmp_path / "third", toy.Settings(text="hi"), documents=one)
+    assert diary("runs") == ["run", "run"]
 
 
 @pytest.mark.parametrize("exists", [True, False])

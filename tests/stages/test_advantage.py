@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +9,11 @@ from hypothesis import strategies as st
 from pipeline.algorithms.recipe import Recipe
 from pipeline.contracts import LABELS, ROLLOUTS, SCORES
 from pipeline.errors import ContractError, ExperimentError
-from stages.advantage import Settings, advantage, columns_of, cuts, joined
+from pipeline.joining import blocks, cuts, kept
+from stages import advantage as module
+from stages.advantage import READ, SAMPLER, Settings, advantage, columns_of
+from stages.score import Settings as ScoreSettings
+from stages.score import score
 
 
 def settings(recipe, **changes):
@@ -173,6 +178,64 @@ def test_cuts_cover_all_rows_and_split_no_group(sizes, rows):
     assert all(end - start < rows + max(sizes) for start, end in ranges)
 
 
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=20), rows=st.integers(1, 30), seed=st.integers(0, 9))
+def test_blocks_are_the_cuts_of_the_whole_however_the_rows_come(sizes, rows, seed):
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    table = pa.table({"prompt_id": group.astype(str), "row": np.arange(len(group))})
+    ends = np.sort(np.random.default_rng(seed).integers(0, len(group) + 1, 5))
+    parts = [table.slice(start, end - start) for start, end in zip([0, *ends], [*ends, len(group)], strict=True)]
+    wanted = [list(range(start, end)) for start, end in cuts(group, rows)]
+    assert [block["row"].to_pylist() for block in blocks(parts, rows)] == wanted
+
+
+WHITE = settings("dapo", normalize={"kind": "whiten"}, importance={"kind": "token_truncated"})
+SPREAD = [{**r, "sampler": -2.5} for r in ROWS]
+
+
+@pytest.mark.parametrize("chosen", [GRPO, CRITIC, WHITE], ids=["group_std", "gae", "whiten"])
+def test_a_block_at_a_time_comes_to_what_all_at_once_comes_to(written, tmp_path, monkeypatch, numbers, chosen):
+    made = written(SPREAD)
+    whole = run(tmp_path / "whole", chosen, made, scores=made[2])
+    monkeypatch.setattr(module, "PART_ROWS", 4)
+    monkeypatch.setattr(module, "ELEMENTS", 12)
+    cut = run(tmp_path / "cut", chosen, made, scores=made[2])
+    assert (len(whole.part_paths()), len(cut.part_paths())) == (1, 2)
+    for one, other in zip(whole.table().to_pylist(), cut.table().to_pylist(), strict=True):
+        assert one.pop("advantages") == pytest.approx(other.pop("advantages"), rel=1e-6)
+        assert one == other
+    assert cut.stats["groups"] == whole.stats["groups"]
+    told = [{key: value for key, value in numbers(one).items() if key[0] != "time/seconds"} for one in (whole, cut)]
+    assert told[0] == pytest.approx(told[1], rel=1e-12, abs=1e-12)
+
+
+def test_labels_in_other_parts_than_the_rollouts(written, by_hand, tmp_path):
+    parts = [[r for r in ROWS if r["name"] == name] for name in "dacb"]
+    whole, cut = written(ROWS), written(*parts)
+    one = run(tmp_path / "one", GRPO, whole, scores=whole[2])
+    for number, mixed in enumerate([(whole[0], cut[1]), (cut[0], whole[1])]):
+        assert run(tmp_path / str(number), GRPO, mixed, scores=whole[2]).manifest.digest == one.manifest.digest
+    more = written([*ROWS, row("e", 0, 1.0)])
+    with pytest.raises(ContractError, match="labels are of other rollouts"):
+        run(tmp_path / "more", GRPO, (whole[0], more[1]), scores=whole[2])
+
+
+def test_a_group_whose_rounds_follow_one_another_is_one_group(written, tmp_path):
+    first, second = written([row("a", 0, 1.0), row("a", 1, 0.0)]), written([row("a", 2, 0.0), row("b", 0, 1.0)])
+    scores = written([row("a", 0, 1.0), row("a", 1, 0.0), row("a", 2, 0.0), row("b", 0, 1.0)])[2]
+    chosen = settings("grpo", normalize=False)
+    made = run(tmp_path / "out", chosen, first, second, scores=scores)
+    assert per_response(made) == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0])
+    assert made.stats["groups"] == 2
+
+
+@pytest.mark.parametrize("rows", [4096, 1])
+def test_a_group_whose_rounds_do_not_follow_one_another_is_refused(written, tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(module, "PART_ROWS", rows)
+    first, second = written([row("a", 0, 1.0), row("b", 0, 0.0)]), written([row("a", 1, 0.0)])
+    with pytest.raises(ContractError, match="rows of a group do not stand together"):
+        run(tmp_path / "out", GRPO, first, second, scores=None)
+
+
 def test_the_same_twice(written, tmp_path):
     made = written(ROWS)
     one, two = (run(tmp_path / name, GRPO, made, scores=made[2]) for name in ("one", "two"))
@@ -233,7 +296,7 @@ def test_labels_of_other_rollouts(written, tmp_path):
     with pytest.raises(ContractError, match="labels are of other rollouts"):
         run(tmp_path / "out", GRPO, (made[0], other[1]), scores=made[2])
     with pytest.raises(ContractError, match="1 rollouts but 2 labels"):
-        joined([made[0]], [made[1], made[1]], None)
+        list(kept([made[0]], [made[1], made[1]], READ))
 
 
 def test_parts_in_another_order_change_no_row(written, tmp_path, numbers):
@@ -256,7 +319,7 @@ def test_the_greedy_reward_is_taken_off_those_of_its_group(written, tmp_path):
     one = [row("a", -1, 0.5, keep=False), row("a", 0, 1.0, 2), row("a", 1, 0.0), row("b", 0, 0.0, keep=False)]
     two = [row("b#1", 0, 1.0), row("b#1", 1, 0.0, 3), row("b#1", -1, -1.0, keep=False)]
     made = written(one, two)
-    columns = columns_of(joined([made[0]], [made[1]], None))
+    columns = columns_of(pa.concat_tables(kept([made[0]], [made[1]], (*READ, SAMPLER))))
     np.testing.assert_array_equal(columns["greedy"], np.array([0.5, 0.5, -1, -1], np.float32))
     np.testing.assert_array_equal(columns["rewards"], [[0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
     table = run(tmp_path / "out", REMAX, made, scores=made[2])
@@ -275,7 +338,7 @@ def test_a_group_without_its_greedy_response(written, tmp_path):
     with pytest.raises(ContractError, match="'greedy_baseline' needs greedy, and 2 kept rows have none") as error:
         run(tmp_path / "out", REMAX, made, scores=made[2])
     assert (error.value.where, "rollout.greedy = true" in error.value.do) == ("prompts b", True)
-    assert "greedy" not in columns_of(joined([made[0]], [made[1]], None))
+    assert "greedy" not in columns_of(pa.concat_tables(kept([made[0]], [made[1]], (*READ, SAMPLER))))
     run(tmp_path / "others", GRPO, made, scores=made[2])
 
 
@@ -344,3 +407,24 @@ def test_the_real_iteration(advantages, labels, sound):
         credit = [tokens[0] for tokens in group["advantages"].to_pylist()]
         assert sum(credit) == pytest.approx(0, abs=1e-5)
         assert [a > 0 for a in credit] == group["correct"].to_pylist()
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_the_samplers_log_probabilities_go_along_where_no_model_has_read_them_again(
+    rollouts, labels, scores, other_policy, tmp_path, read
+):
+    if not read:
+        alone = ScoreSettings.of(None, {"needs": ["ref_logprobs"]})
+        scores = score.run(
+            tmp_path / "scores", alone, rollouts=[rollouts.path], labels=[labels.path], reference=other_policy
+        )
+    chosen = Settings.of(None, {"advantage": {"kind": "group_mean"}})
+    made = advantage.run(
+        tmp_path / "out", chosen, rollouts=[rollouts.path], labels=[labels.path], scores=scores.path
+    ).table()  # fmt: skip
+    assert ("old_logprobs" in made.column_names) == read
+    assert ("sampler_logprobs" in made.column_names) != read
+    if not read:
+        sampled = {(r["prompt_id"], r["sample"]): r["sampler_logprobs"] for r in rollouts.table().to_pylist()}
+        for row in made.to_pylist():
+            assert row["sampler_logprobs"] == sampled[row["prompt_id"], row["sample"]]

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from pipeline import grading
 from pipeline.algorithms.filters import FILTERS
 from pipeline.algorithms.shelf import Line
 from pipeline.artifacts import Artifact
@@ -169,8 +170,9 @@ def slow(by_hand):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The rows that are handed to grading processes."""
+    """The rows that are handed to grading processes; this one remembers nothing of earlier tests."""
     seen, judge_rows = [], Pool.judge
+    monkeypatch.setattr(grading, "_known", {})
 
     def watched(pool, rows, **how):
         seen.extend(rows)
@@ -199,6 +201,7 @@ def test_a_killed_labelling_keeps_its_judgements(slow, tmp_path, sent, labeler):
     made = label.run(tmp_path / "out", given, **slow)
     resumed = list(sent)
     sent.clear()
+    grading._known.clear()
     whole = label.run(tmp_path / "whole", given, **slow)
     assert made.manifest.digest == whole.manifest.digest
     assert len(sent) - len(resumed) >= len(kept) - 1  # the last line may be cut off

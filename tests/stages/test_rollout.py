@@ -428,7 +428,7 @@ FAILING = """
     from stages.rollout import Settings, rollout
 
     module, given = sys.modules["stages.rollout"], rollout.parser().parse_args(sys.argv[1:])
-    timeout, errors = 0.4, 0
+    timeout, errors = 0.1, 0
     while not given.out.exists():
         module.EngineOptions = partial(EngineOptions, timeout=timeout)
         try:

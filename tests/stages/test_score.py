@@ -19,7 +19,8 @@ from pipeline.experiment import Experiment
 from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, save
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.text import Chat
-from stages.score import MODEL_OF, Settings, divergence, length_correlation, mismatch, score, spread
+from pipeline.training.policies import divergence, mismatch
+from stages.score import MODEL_OF, Settings, length_correlation, score, spread
 
 
 def settings(*needs, **changes):
@@ -338,6 +339,6 @@ def test_the_experiment_asks_after_labelling_and_for_a_judgement_by_name(tmp_pat
     experiment = Experiment.load(path)
     assert "reward_scores" in bind(experiment.recipe).needs
     after = Settings.of(experiment)
-    assert (after.needs, after.temperature) == (("old_logprobs", "ref_logprobs"), 0.7)
+    assert (after.needs, after.temperature) == (("ref_logprobs",), 0.7)
     assert experiment.recipe.rollout.temperature == 1.0
     assert Settings.of(experiment, {"needs": ["reward_scores"]}).needs == ("reward_scores",)

@@ -308,3 +308,5 @@ def test_settings_come_from_the_experiment():
     )  # fmt: skip
     found = Settings.of(experiment)
     assert (found.batch, found.tokens, found.save_every, found.micro_batch_tokens) == (9, 24, 7, 50)
+    longer = experiment.model_copy(update={"sft": experiment.sft.model_copy(update={"tokens": 40})})
+    assert Settings.of(longer) == found.model_copy(update={"tokens": 40})

@@ -79,8 +79,9 @@ def gradient(model, wanted, budget=10**6, rows=None):
     """The gradient of one step over the given rows, by default the first eight, `budget` of them at a time."""
     before, rows = weights_of(model), np.arange(8) if rows is None else rows
     step = wanted.step(rows)
-    for start in range(0, len(rows), budget):
-        wanted.losses(model, rows[start : start + budget], step).total.backward()
+    for kind in wanted.passes(rows):
+        for start in range(0, len(kind), budget):
+            wanted.losses(model, kind[start : start + budget], step).total.backward()
     found = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     model.zero_grad()
     assert torch.equal(before, weights_of(model))
@@ -136,6 +137,56 @@ def test_the_loss_is_that_of_the_paper(table, policy, other_policy):
         np.sum(np.exp(-d) + d - 1) for row in rows for d in [np.array(row["old_logprobs"]) - row["ref_logprobs"]]
     )
     assert losses.parts["kl/reference"] == pytest.approx(reference / counts.sum(), rel=1e-4)
+
+
+def without_old(table, by_hand, **more):
+    rows = [{name: value for name, value in row.items() if name != "old_logprobs"} for row in table.table().to_pylist()]
+    return by_hand(
+        ADVANTAGES, [{**row, **{name: column[i] for name, column in more.items()}} for i, row in enumerate(rows)]
+    )
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "reinforce_pp_baseline", "dapo"])
+def test_in_one_step_the_first_forward_pass_has_the_old_log_probabilities(table, by_hand, policy, room, recipe):
+    """Equal gradients, and the same policy, as with the log-probabilities that `score` writes."""
+    model, bare = load_policy(policy.path, "float32"), without_old(table, by_hand)
+    chosen = Recipe.load(recipe)
+    terms, weigh = [Term.of(line) for line in chosen.loss], WEIGHTS[chosen.update.weights]
+    scored = gradient(model, Improvement(table.table(), terms, weigh, 1.0))
+    assert torch.linalg.vector_norm(scored) > 0
+    for budget in (8, 3):
+        unscored = gradient(model, Improvement(bare.table(), terms, weigh, 1.0, one_step=True), budget)
+        assert far(scored, unscored) < 1e-6
+    one, other = (
+        update.run(room / f"first-{recipe}-{name}", settings(recipe), advantages=given.path, policy=policy.path)
+        for name, given in (("scored", table), ("bare", bare))
+    )
+    moved = far(weights_of(policy.path), weights_of(one.path))
+    assert moved > 1e-3 and far(weights_of(one.path), weights_of(other.path)) < 1e-6 + 1e-4 * moved
+
+
+@pytest.mark.parametrize("steps", [{"minibatches": 2}, {"epochs": 2}])
+def test_of_several_steps_the_later_ones_need_what_score_wrote(table, by_hand, policy, tmp_path, steps):
+    with pytest.raises(ExperimentError, match="'clipped_surrogate' needs the column old_logprobs") as error:
+        update.run(
+            tmp_path / "out", settings("grpo", **steps), advantages=without_old(table, by_hand).path, policy=policy.path
+        )
+    assert "run `score`" in error.value.do
+
+
+def test_the_first_forward_pass_measures_what_score_would_have(table, by_hand, policy, tmp_path, numbers):
+    rows = table.table().to_pylist()
+    sampler = [[value - 0.25 * (place % 2) for place, value in enumerate(row["old_logprobs"])] for row in rows]
+    bare = without_old(table, by_hand, sampler_logprobs=sampler)
+    made = update.run(tmp_path / "out", settings("grpo"), advantages=bare.path, policy=policy.path)
+    flat = np.concatenate([np.arange(len(row["old_logprobs"])) % 2 * 0.25 for row in rows])
+    assert made.stats["kl/sampler"] == pytest.approx(-flat.mean(), rel=1e-4)
+    assert made.stats["kl/sampler_abs"] == pytest.approx(flat.mean(), rel=1e-4)
+    assert made.stats["kl/sampler_max"] == pytest.approx(0.25, rel=1e-4)
+    far_away = np.mean([np.subtract(row["old_logprobs"], row["ref_logprobs"]).sum() for row in rows])
+    assert made.stats["kl/reference_sum"] == pytest.approx(far_away, rel=1e-4)
+    assert numbers(made)["kl/sampler", 0] == made.stats["kl/sampler"]
+    assert not {"ratio/max", "kl/old"} & made.stats.keys()
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "dapo"])
@@ -390,14 +441,13 @@ def test_numbers_of_responses_do_not_change_with_documents_and_theirs_is_unweigh
     alone, mixed = objective(table.table()), Rehearsal(objective(table.table()), examples, 27.8)
     texts, both = mixed.imitation, np.concatenate([ours, [12, 14]])
     before = alone.losses(model, ours, alone.step(ours))
-    after = mixed.losses(model, both, mixed.step(both))
+    of_responses, of_documents = (mixed.losses(model, rows, mixed.step(both)) for rows in mixed.passes(both))
     read = texts.losses(model, np.array([0, 2]), texts.step(np.array([0, 2])))
-    assert {name: after.parts[name] for name in before.parts} == pytest.approx(before.parts, rel=1e-5)
-    assert after.largest == before.largest
-    assert after.parts["loss/documents"] == pytest.approx(float(read.total.detach()), rel=1e-5)
-    assert float(after.total.detach()) == pytest.approx(
-        float(before.total.detach()) + 27.8 * after.parts["loss/documents"], rel=1e-5
-    )
+    assert of_responses.parts == pytest.approx(before.parts, rel=1e-5)
+    assert of_responses.largest == before.largest
+    assert float(of_responses.total.detach()) == pytest.approx(float(before.total.detach()), rel=1e-5)
+    assert of_documents.parts == {"loss/documents": pytest.approx(float(read.total.detach()), rel=1e-5)}
+    assert float(of_documents.total.detach()) == pytest.approx(27.8 * of_documents.parts["loss/documents"], rel=1e-5)
     assert mixed.names(np.array([12, 0])) == [*alone.names(np.array([0])), examples[0].name]
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from pipeline.algorithms import advantages as estimators
+from pipeline.algorithms import lots
 from pipeline.algorithms.advantages import gae, greedy_baseline, group_mean, leave_one_out, outcome, reward_to_go
 from pipeline.algorithms.losses import policy_gradient
 from pipeline.algorithms.shaping import kl_penalty, on_last_token
@@ -171,6 +173,37 @@ def test_what_stands_in_padding_does_not_matter_even_if_it_is_no_number():
     clean, dirty = _gae("padding_with_garbage"), _gae("padding_with_garbage", values=broken)
     np.testing.assert_array_equal(clean.advantages, dirty.advantages)
     np.testing.assert_array_equal(clean.returns, dirty.returns)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+@pytest.mark.parametrize("with_values", [True, False])
+def test_without_holes_the_short_way_comes_to_the_same_bits(gamma, lam, with_values):
+    random = np.random.default_rng(0)
+    rewards, values = random.normal(size=(2, 50, 9)).astype(np.float32)
+    mask = np.arange(9) < random.integers(0, 10, 50)[:, None]
+    decay = gamma * np.full(50, lam)
+    values = values if with_values else np.zeros_like(rewards)
+    made = estimators._estimated(rewards, values if with_values else None, mask, gamma, np.full(50, lam))
+    np.testing.assert_array_equal(made, estimators._over_holes(rewards, values, mask, gamma, decay))
+
+
+@pytest.mark.parametrize("estimator", ["gae", "to_go", "greedy"])
+def test_the_size_of_lots_changes_no_bit(estimator, monkeypatch):
+    random = np.random.default_rng(0)
+    rewards, values = random.normal(size=(2, 50, 9)).astype(np.float32)
+    mask, greedy = random.random((50, 9)) < 0.8, random.random(50).astype(np.float32)  # some rows have holes
+    mask[:20] = np.arange(9) < random.integers(1, 10, 20)[:, None]
+    call = {
+        "gae": lambda: gae(rewards, values, mask, adapt=0.5, critic_lam=1.0),
+        "to_go": lambda: reward_to_go(rewards, mask, gamma=0.9),
+        "greedy": lambda: greedy_baseline(rewards, mask, greedy, credit="to_go"),
+    }[estimator]
+    whole = call()
+    monkeypatch.setattr(lots, "ELEMENTS", 27)
+    cut = call()
+    np.testing.assert_array_equal(cut.advantages, whole.advantages)
+    np.testing.assert_array_equal(cut.returns, whole.returns)
 
 
 def test_outcome_spreads_the_sum_and_ignores_padding():

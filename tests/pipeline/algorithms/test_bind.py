@@ -83,20 +83,35 @@ def test_what_is_optional_is_none():
 
 PLAIN = {"normalize": False, "loss": [{"kind": "policy_gradient"}]}
 PENALTY = [{"kind": "kl_penalty", "coef": 0.1}]
+SHAPED = {"shape": PENALTY}
 
 
 @pytest.mark.parametrize(
     ("changes", "credit", "losses"),
     [
         (PLAIN, set(), set()),
-        ({}, set(), {"old_logprobs", "ref_logprobs"}),
+        ({}, set(), {"ref_logprobs"}),
+        ({"update": {"weights": "token_mean", "epochs": 2}}, set(), {"old_logprobs", "ref_logprobs"}),
+        ({"update": {"weights": "token_mean", "minibatches": 2}}, set(), {"old_logprobs", "ref_logprobs"}),
+        (SHAPED, {"old_logprobs", "ref_logprobs"}, {"old_logprobs", "ref_logprobs"}),
         (PLAIN | {"shape": PENALTY}, {"old_logprobs", "ref_logprobs"}, set()),
         (PLAIN | {"label": {"kind": "reward_model"}}, {"reward_scores"}, set()),
         (PLAIN | {"importance": {"kind": "token_truncated"}}, {"old_logprobs"}, set()),
         (PLAIN | {"advantage": {"kind": "gae"}, "critic": SQUARED}, {"values"}, set()),
         (PLAIN | {"advantage": {"kind": "reward_to_go"}, "critic": SQUARED}, set(), {"values"}),
     ],
-    ids=["nothing", "losses", "shape", "label", "importance", "values_for_credit", "values_for_the_critic"],
+    ids=[
+        "nothing",
+        "losses",
+        "two_passes",
+        "two_steps",
+        "one_step_and_credit",
+        "shape",
+        "label",
+        "importance",
+        "values_for_credit",
+        "values_for_the_critic",
+    ],
 )
 def test_needs_follow_the_pieces(changes, credit, losses):
     bound = bind(_changed(**changes))

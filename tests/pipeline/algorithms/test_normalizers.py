@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.algorithms.advantages import group_mean, reward_to_go
-from pipeline.algorithms.normalizers import group_std, whiten
+from pipeline.algorithms.normalizers import NORMALIZERS, group_std, whiten
 from pipeline.algorithms.shaping import kl_penalty, on_last_token
+from pipeline.algorithms.shelf import Line
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "normalizers.json").read_text())
 PRECISION = pytest.mark.parametrize(
@@ -93,3 +94,23 @@ def test_whiten_of_no_or_one_token_is_nothing(over):
 
 def test_a_mean_that_is_kept_stays_where_there_is_nothing_to_scale():
     np.testing.assert_array_equal(whiten(np.full((1, 2), 3.0), np.ones((1, 2), bool), center=False), [[3.0, 3.0]])
+
+
+@pytest.mark.parametrize("over", ["tokens", "responses"])
+@pytest.mark.parametrize("center", [True, False])
+def test_what_is_gathered_over_lots_whitens_each_like_the_whole(over, center):
+    random = np.random.default_rng(0)
+    advantages, mask = random.normal(2.0, 3.0, (40, 6)).astype(np.float32), random.random((40, 6)) < 0.7
+    piece = NORMALIZERS.take(Line(kind="whiten", over=over, center=center, ddof=0))
+    whole = piece({"advantages": advantages, "mask": mask})
+    lots = [{"advantages": advantages[rows], "mask": mask[rows]} for rows in (slice(0, 3), slice(3, 31), slice(31, 40))]
+    gathered = piece.gather(lots[0]) + piece.gather(lots[1]) + piece.gather(lots[2])
+    np.testing.assert_allclose(np.concatenate([piece(lot, gathered) for lot in lots]), whole, rtol=1e-6)
+    alone = {"advantages": advantages, "mask": mask}
+    np.testing.assert_array_equal(piece(alone, piece.gather(alone)), whole)
+
+
+def test_statistics_of_groups_are_not_gathered():
+    piece = NORMALIZERS.take(Line(kind="group_std"))
+    assert piece.card.gather is None and piece.gather({}) is None
+    assert NORMALIZERS.take(Line(kind="whiten")).needs == ("advantages", "mask")

@@ -17,8 +17,8 @@ GOLDEN = json.loads((GOLDEN_FOLDER / "recipes.json").read_text())
 NEEDS = {name: set(needs) for name, needs in json.loads((GOLDEN_FOLDER / "needs.json").read_text()).items()}
 FOR_LOSSES_ALONE = {
     "dapo": {"old_logprobs"},
-    "grpo": {"old_logprobs", "ref_logprobs"},
-    "reinforce_pp_baseline": {"old_logprobs", "ref_logprobs"},
+    "grpo": {"ref_logprobs"},
+    "reinforce_pp_baseline": {"ref_logprobs"},
     "ttrl": {"old_logprobs", "ref_logprobs"},
     "vapo": {"old_logprobs"},
     "vc_ppo": {"old_logprobs"},

@@ -2,13 +2,14 @@
 
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engines import Sampling
-from pipeline.engines.vllm import CPU_BATCH_TOKENS
+from pipeline.engines.vllm import CPU_BATCH_TOKENS, _completions
 from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
@@ -171,3 +172,10 @@ def test_bfloat16_reloads_exactly_and_is_close_to_float32(build, checkpoints):
     exact = response_logprobs(policy, prompts, [c.tokens for c in found]).logprobs.detach()
     for c, row in zip(found, exact, strict=True):
         assert c.logprobs == pytest.approx(row[: len(c.tokens)].tolist(), abs=0.5)
+
+
+def test_log_probabilities_of_other_tokens_than_the_response_has_are_refused():
+    said = SimpleNamespace(token_ids=[5, 7], logprobs=[-0.5, -0.25])
+    response = SimpleNamespace(token_ids=[5, 6], logprobs=said, index=0, finish_reason="stop")
+    with pytest.raises(EngineError, match="log-probabilities of other tokens"):
+        list(_completions(SimpleNamespace(outputs=[response]), 3, 0, 1))

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from pipeline import grading
 from pipeline.errors import InputError
 from pipeline.grading import GRADERS, Judgement, Memory, Vote, classes, compare, judge, judge_row, open_grader
 from pipeline.grading.pool import Pool, shared_pool
@@ -154,14 +155,16 @@ def test_grading_imports_neither_torch_nor_the_maths_library_before_it_is_asked(
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The rows of each call that were handed to processes."""
+    """The rows of each call that were handed to processes; the process remembers nothing of earlier tests."""
     calls, judge_rows = [], Pool.judge
 
     def watched(pool, rows, **how):
-        calls.append((list(rows), how["workers"]))
+        if rows:
+            calls.append((list(rows), how["workers"]))
         return judge_rows(pool, rows, **how)
 
     monkeypatch.setattr(Pool, "judge", watched)
+    monkeypatch.setattr(grading, "_known", {})
     return calls
 
 
@@ -172,14 +175,41 @@ def test_what_was_judged_is_not_judged_again_and_what_was_lost_is(tmp_path, sent
         first = judge("math", responses[:4], references[:4], timeout=0.5, workers=2, memory=memory)
     assert [one.status for one in first] == ["correct", "timeout", "wrong", "no answer"]
     assert (memory.retried, memory.recovered) == (1, 0)
-    lost = (HANGS, "1")
-    assert sent == [(list(zip(responses[:4], references, strict=False)), 2), ([lost], 1)]
-    assert len((tmp_path / "a").read_bytes().splitlines()) == 3
+    lost = ("9^{9^{9^{9}}}", "1")
+    extracted = [(response, None) for response in responses]
+    assert sent == [(extracted[:4], 2), ([("1", "1"), lost, ("3", "4"), (None, "4")], 2), ([lost], 1)]
+    assert len((tmp_path / "a").read_bytes().splitlines()) == 7
     sent.clear()
+    grading._known.clear()
     with Journal(tmp_path / "a") as journal:
         again = judge("math", responses, references, timeout=0.5, workers=2, memory=Memory(journal))
     assert again == [*first, Judgement(None, "5", "bad reference")]
-    assert sent == [([lost, ("A: 5", None)], 2), ([lost], 1)]
+    assert sent == [(extracted[4:], 2), ([lost], 2), ([lost], 1)]
+
+
+def test_an_answer_is_compared_with_a_reference_once_in_the_life_of_a_process(sent, monkeypatch):
+    first = judge("math", ["A: 1", "It is 1. A: 1", "A: 2", HANGS], ["1"] * 4, timeout=1.5, workers=2)
+    assert [one.status for one in first] == ["correct", "correct", "wrong", "timeout"]
+    lost = ("9^{9^{9^{9}}}", "1")
+    assert sent[1] == ([("1", "1"), ("2", "1"), lost], 2)
+    sent.clear()
+    assert judge("math", ["A: 2", "So: A: 1", HANGS], ["1"] * 3, timeout=1.5, workers=2) == [
+        *first[2:1:-1],
+        first[0],
+        first[3],
+    ]
+    assert sent[1:] == [([lost], 2)]
+    assert compare("math", ["1", "2"], ["1", "1"], workers=2) == [first[0], first[2]]
+    assert len(sent) == 2
+    assert compare("math", ["1"], ["2"], workers=2)[0].correct is False
+    monkeypatch.setattr(grading, "MOST_KNOWN", 2)
+    compare("math", ["3"], ["2"], workers=2)
+    assert len(grading._known) == 2
+    sent.clear()
+    compare("math", ["3", "1"], ["2", "2"], workers=2)
+    assert not sent
+    assert compare("math", ["1"], ["1"], workers=2) == [first[0]]
+    assert sent == [([("1", "1")], 2)]
 
 
 def test_the_same_texts_are_another_row_to_another_question(tmp_path, sent):
@@ -191,7 +221,7 @@ def test_the_same_texts_are_another_row_to_another_question(tmp_path, sent):
         assert compare("math", ["A: 5"], ["5"], workers=1, memory=memory)[0].extracted == "A: 5"
         assert judge("exact", ["A: 5"], ["5"], workers=1, memory=memory)[0].correct is True
         assert judge("math", ["A: 5"], ["5"], workers=1, memory=memory)[0].correct is True
-    assert [rows for rows, _ in sent if rows] == [[("A: 5", "6")], [("A: 5", "5")]]
+    assert [rows for rows, _ in sent] == [[("5", "6")], [("A: 5", "5")]]
 
 
 def test_a_process_that_stood_still_for_a_moment_costs_no_row(tmp_path, grading_processes):

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is loaded, what is damaged is named."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -66,6 +67,22 @@ def test_inspect_says_what_is_there(policy, checkpoint):
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert facts.dtypes == ("float32",)
     assert facts.bytes == (checkpoint / "model.safetensors").stat().st_size
+
+
+def test_inspect_believes_what_it_has_seen_until_a_file_is_another(checkpoint):
+    facts, weights = inspect(checkpoint), (checkpoint / "model.safetensors").read_bytes()
+    assert inspect(checkpoint) is facts
+    with pytest.raises(ArtifactError, match="not a token classification model"):
+        inspect(checkpoint, "critic")
+    edit(checkpoint, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
+            inspect(checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    assert inspect(checkpoint) == facts
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        inspect(checkpoint)
 
 
 @pytest.mark.parametrize("tied", [True, False])

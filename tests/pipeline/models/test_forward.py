@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.errors import ContractError, ExperimentError, NumericsError
-from pipeline.models import forward
+from pipeline.models import chunked
 from pipeline.models.checkpoint import load_critic, load_reward_model
 from pipeline.models.forward import (
     SHARE_PROMPTS,
@@ -36,11 +36,16 @@ def model(policy):
     return policy[0]
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.fixture(params=[1, 4, 1024])
+def tile(request, model, monkeypatch):
+    monkeypatch.setitem(chunked.TILE_BYTES, "cpu", 4 * model.config.vocab_size * request.param)
+
+
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
-def test_values_equal_the_plain_computation(model, chunk, temperature):
+def test_values_equal_the_plain_computation(model, temperature):
     with torch.no_grad():
-        found = response_logprobs(model, PROMPTS, RESPONSES, temperature=temperature, entropy=True, chunk=chunk)
+        found = response_logprobs(model, PROMPTS, RESPONSES, temperature=temperature, entropy=True)
         assert found.logprobs.shape == found.mask.shape == found.entropies.shape == (4, 9)
         assert found.logprobs.dtype == torch.float32
         assert not found.logprobs.requires_grad
@@ -53,9 +58,9 @@ def test_values_equal_the_plain_computation(model, chunk, temperature):
         assert (found.logprobs <= 0).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_gradients_equal_the_plain_computation(model, chunk):
-    found = response_logprobs(model, PROMPTS, RESPONSES, temperature=0.8, entropy=True, chunk=chunk)
+@pytest.mark.usefixtures("tile")
+def test_gradients_equal_the_plain_computation(model):
+    found = response_logprobs(model, PROMPTS, RESPONSES, temperature=0.8, entropy=True)
     weights = torch.arange(found.mask.numel()).reshape(found.mask.shape).float().cos()
     ((found.logprobs + 0.3 * found.entropies) * weights).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -77,28 +82,21 @@ def test_padding_and_company_change_nothing(model):
     assert torch.allclose(alone.entropies[0], company.entropies[0, :3], atol=1e-5)
 
 
-def test_logits_exist_a_chunk_at_a_time_and_only_for_responses(model):
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
-    try:
-        found = response_logprobs(model, PROMPTS, RESPONSES, chunk=4)
-        assert seen == [4, 4, 4, 1]
-        found.logprobs.sum().backward()
-        assert sorted(seen) == [1, 1, 4, 4, 4, 4, 4, 4]
-    finally:
-        handle.remove()
+def test_logits_exist_a_tile_at_a_time_and_only_for_responses(model, monkeypatch):
+    seen, multiply = [], torch.mm
 
+    def watched(first, second, **words):
+        seen.append((len(first), second.shape[1]))
+        return multiply(first, second, **words)
 
-def test_a_large_vocabulary_has_fewer_positions_in_a_chunk(model, monkeypatch):
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    monkeypatch.setattr(forward, "LOGITS_BYTES", 4 * model.config.vocab_size * 5)
-    try:
-        with torch.no_grad():
-            response_logprobs(model, PROMPTS, RESPONSES)
-    finally:
-        handle.remove()
-    assert [tuple(shape) for shape in seen] == [(size, model.config.vocab_size) for size in (5, 5, 3)]
+    monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setitem(chunked.TILE_BYTES, "cpu", 4 * model.config.vocab_size * 5)
+    found = response_logprobs(model, PROMPTS, RESPONSES)
+    tiles = [(rows, model.config.vocab_size) for rows in (5, 5, 3)]
+    assert seen == tiles
+    found.logprobs.sum().backward()
+    again = [shape for shape in seen[3:] if shape[1] == model.config.vocab_size]
+    assert again == tiles
 
 
 def test_no_logits_are_kept_for_the_backward_pass(model):
@@ -110,7 +108,7 @@ def test_no_logits_are_kept_for_the_backward_pass(model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        response_logprobs(model, PROMPTS, RESPONSES, entropy=True, chunk=4)
+        response_logprobs(model, PROMPTS, RESPONSES, entropy=True)
     assert kept
     assert not [shape for shape in kept if len(shape) > 1 and shape[-1] == vocabulary]
 

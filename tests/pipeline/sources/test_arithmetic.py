@@ -174,3 +174,34 @@ def test_documents_go_on_around_the_clock(world):
 def test_a_world_that_cannot_be_is_refused(fields):
     with pytest.raises(ValidationError):
         World(**fields)
+
+
+def test_verbose_demonstrations_write_each_step_several_times():
+    rows = demonstrations(World(verbose_share=0.4, repeats=3, seed=1), 2000)
+    plain = demonstrations(World(seed=1), 2000)
+    longer = 0
+    for row, other in zip(rows, plain, strict=True):
+        steps, _, answer = answered(row).partition(";")
+        written = steps.split(",")
+        short = answered(other).partition(";")[0].split(",")
+        assert asked(row) == asked(other) and answer == last(answered(other))
+        assert written in (short, [step for step in short for _ in range(3)])
+        longer += written != short
+    assert 0.36 < longer / 2000 < 0.44
+
+
+def carrying(step):
+    left, right = (int(number) for number in step.partition("=")[0].split("+"))
+    return left % 10 + right % 10 >= 10
+
+
+def test_carries_are_lost_and_nothing_else():
+    rows = demonstrations(World(wrong_share=0, lost_carries=0.45, seed=2), 2000)
+    carried = lost = 0
+    for row in rows:
+        assert follows(asked(row), answered(row))
+        for step in answered(row).partition(";")[0].split(","):
+            off = true_sum(step.partition("=")[0]) - int(step.partition("=")[2])
+            assert off in ((0, 10) if carrying(step) else (0,))
+            carried, lost = carried + carrying(step), lost + bool(off)
+    assert carried > 1000 and 0.42 < lost / carried < 0.48

@@ -54,9 +54,11 @@ def test_it_is_a_checkpoint_of_its_own_and_leaves_the_policy_as_it_was(tmp_path)
 
 
 def test_half_precision_weights_are_averaged_in_single_precision(tmp_path):
-    model, _ = create(SPEC, ["abc"], 0)
+    model, tokenizer = create(SPEC, ["abc"], 0)
     average = Average(model.bfloat16(), 0.999, tmp_path)
-    assert {p.dtype for p in average.average.parameters()} == {torch.float32}
+    assert {value.dtype for value in average.state().tensors.values()} == {torch.float32}
+    average.save(tokenizer, tmp_path)
+    assert checkpoint.inspect(tmp_path / FOLDER).dtypes == ("float32",)
 
 
 def test_the_average_of_another_model_is_refused(tmp_path):

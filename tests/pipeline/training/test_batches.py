@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.batches import dealt, drawn, held_out, micro_batches, shuffled
+from pipeline.training.batches import MOST_PADDING, dealt, drawn, held_out, micro_batches, shuffled
 
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=40).map(np.array)
 
@@ -16,7 +16,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget, da
     parts = list(micro_batches(rows, lengths, budget))
     assert sorted(row for part in parts for row in part) == sorted(rows)
     for part in parts:
-        assert len(part) == 1 or len(part) * lengths[part].max() <= budget
+        padded = len(part) * lengths[part].max()
+        assert len(part) == 1 or padded <= budget
+        assert lengths[part].sum() >= (1 - MOST_PADDING) * padded
     longest = [lengths[part].max() for part in parts]
     assert longest == sorted(longest, reverse=True)
 
@@ -25,6 +27,13 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget, da
 def test_micro_batches_are_as_large_as_fits(count):
     parts = list(micro_batches(np.arange(count), np.full(20, 5), 20))
     assert [len(part) for part in parts] == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+
+
+def test_a_micro_batch_ends_where_it_would_be_padding():
+    lengths = np.array([100, 98, 70, 66, 65, 10])
+    found = [lengths[part].tolist() for part in micro_batches(np.arange(6), lengths, 1000, padding=0.1)]
+    assert found == [[100, 98], [70, 66, 65], [10]]
+    assert [part.tolist() for part in micro_batches(np.arange(6), lengths, 1000, padding=1.0)] == [list(range(6))]
 
 
 @given(st.integers(0, 60), st.integers(1, 70), st.integers(1, 3))

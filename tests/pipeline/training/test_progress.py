@@ -34,6 +34,9 @@ class Fitting:
         self.x, self.y = torch.randn(14, 3, generator=generator), torch.randn(14, generator=generator)
         self.lengths = torch.ones(14, dtype=torch.long).numpy()
 
+    def passes(self, rows):
+        return [rows]
+
     def step(self, rows):
         return len(rows)
 
@@ -162,7 +165,7 @@ def turned(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "rank-0-of-1.safetensors"])
 @pytest.mark.parametrize("damage", [cut, turned, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
 def test_damage_is_passed_over(training, whole, name, damage):
     training.dies(6)
@@ -171,7 +174,7 @@ def test_damage_is_passed_over(training, whole, name, damage):
     found = training.go()
     same(found, whole)
     assert found[2] == STEPS
-    assert "not going on from step 4, what was saved there is damaged: " in training.log
+    assert "not going on from step 4, what was saved there is of no use: " in training.log
     assert [path.name[:9] for path in training.savings] == ["00000006-"]
 
 
@@ -182,7 +185,7 @@ def test_of_two_savings_the_one_before_stands_in_for_a_damaged_one(training, who
     training.dies(4)
     shutil.copytree(tmp_path / "kept", first)
     _, last = training.savings
-    cut(last / "tensors.safetensors")
+    cut(last / "rank-0-of-1.safetensors")
     found = training.go()
     same(found, whole)
     assert found[2] == STEPS - 2
@@ -201,18 +204,18 @@ def test_of_two_savings_the_last_counts(training, whole, tmp_path):
     found = training.go()
     same(found, whole)
     assert found[2] == STEPS - 4
-    assert "damaged" not in training.log
+    assert "of no use" not in training.log
 
 
 def test_half_a_saving_is_no_saving(training, whole):
     training.dies(4)
     [first] = training.savings
     shutil.copytree(first, first.parent / "unfinished")
-    cut(first.parent / "unfinished" / "tensors.safetensors")
+    cut(first.parent / "unfinished" / "rank-0-of-1.safetensors")
     found = training.go()
     same(found, whole)
     assert found[2] == STEPS - 2
-    assert "damaged" not in training.log
+    assert "of no use" not in training.log
 
 
 def test_what_another_program_saved_is_no_damage_and_is_refused(training):

@@ -1,0 +1,282 @@
+"""Two processes under torchrun: the losses and weights of one, for every stage that trains or reads with a model."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.algorithms.recipe import Recipe
+from pipeline.artifacts import Artifact
+from pipeline.contracts import ADVANTAGES, DOCUMENTS, RANKINGS
+from pipeline.errors import ContractError
+from pipeline.experiment import Experiment
+from pipeline.launch import launch
+from pipeline.training.averaging import FOLDER as AVERAGE
+from stages.label import Settings as LabelSettings
+from stages.label import label
+from stages.reward import Settings as RewardSettings
+from stages.reward import reward
+from stages.score import Settings as ScoreSettings
+from stages.score import score
+from stages.sft import sft
+from stages.update import Settings as UpdateSettings
+from stages.update import update
+from stages.value import Settings as ValueSettings
+from stages.value import value
+
+EXPERIMENT = Path(__file__).parents[2] / "flows" / "experiments" / "arithmetic.toml"
+TOLERANCE = 1e-5
+ROWS = 23
+"""Responses, dealt to steps of uneven size."""
+
+
+TORCHRUN = [sys.executable, "-m", "pipeline.torchrun", "--standalone", "--nproc-per-node=2"]
+
+
+def by_torchrun(stage, out, settings, **inputs):
+    return [*TORCHRUN, *stage.command(out, settings, **inputs)[1:]]
+
+
+def begun(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+EVERY_STAGE = """
+import importlib, json, sys
+from pipeline.models.distributed import joined
+
+with joined():
+    for module, name, *words in json.load(open(sys.argv[1])):
+        getattr(importlib.import_module(module), name).main(words)
+"""
+
+
+@pytest.fixture(scope="module")
+def pairs(plans, tmp_path_factory):
+    """Name -> the artifact of one process, and that of two; those two make all of them, one after the other."""
+    room = tmp_path_factory.mktemp("ranks")
+    alone, asked = {}, []
+    for name, (stage, settings, inputs) in plans.items():
+        alone[name] = stage.run(room / f"{name}-1", settings, **inputs)
+        _, _, module, *words = stage.command(room / f"{name}-2", settings, **inputs)
+        asked.append([module, stage.name, *words])
+    (room / "asked.json").write_text(json.dumps(asked))
+    (room / "every_stage.py").write_text(EVERY_STAGE)
+    with begun([*TORCHRUN, str(room / "every_stage.py"), str(room / "asked.json")]) as process:
+        said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("  digest ") == len(plans), "rank 0 alone speaks"
+    return {name: (made, Artifact.open(room / f"{name}-2")) for name, made in alone.items()}
+
+
+def same_weights(one, two, folder="."):
+    files = sorted(path.relative_to(one.path) for path in (one.path / folder).rglob("*.safetensors"))
+    assert files, folder
+    for file in files:
+        first, second = load_file(one.path / file), load_file(two.path / file)
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=TOLERANCE)
+
+
+def names(made):
+    return sorted(path.relative_to(made.path) for path in made.path.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def written(rollouts, by_hand):
+    """Write responses of several lengths with advantages of both signs, returns, and old log-probabilities or none."""
+
+    def write(*, old=False):
+        return by_hand(ADVANTAGES, table_of(rollouts, old=old))
+
+    return write
+
+
+def table_of(rollouts, *, old):
+    drawn = np.random.default_rng(0)
+    rows = []
+    for number, row in enumerate(rollouts.table().to_pylist()[:ROWS]):
+        count = len(row["response_tokens"])
+        kept = {
+            name: row[name] for name in ("prompt_id", "sample", "prompt_tokens", "response_tokens", "sampler_logprobs")
+        }
+        rows.append(
+            kept | {
+                "advantages": [1.0 - number % 3] * count, "returns": drawn.normal(size=count).tolist(), "reward": 0.0,
+                "shaped_reward": 0.0, "correct": number % 2 == 0, "finished": True,
+            } | ({"old_logprobs": row["sampler_logprobs"]} if old else {})
+        )  # fmt: skip
+    return rows
+
+
+@pytest.fixture(scope="module")
+def documents(by_hand):
+    return by_hand(
+        DOCUMENTS, [{"document_id": f"d{n}", "text": "12+34=46;" * (n % 3 + 1), "source": "here"} for n in range(9)]
+    )
+
+
+@pytest.fixture(scope="module")
+def rankings(by_hand):
+    drawn = random.Random(1)
+    texts = [[f"{drawn.randrange(10 ** drawn.randint(1, 6))}{k}" for k in range(3)] for _ in range(29)]
+    return by_hand(
+        RANKINGS,
+        [
+            {
+                "ranking_id": f"r{n}", "prompt_id": f"p{n}", "messages": [{"role": "user", "content": f"{n % 10}+1="}],
+                "responses": some, "ranks": [0, 1, 2], "annotator": None, "source": None,
+            }
+            for n, some in enumerate(texts)
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plans(sft_settings, demonstrations, documents, rankings, policy, other_policy, rollouts, written):
+    """Name -> stage, settings and inputs; steps of uneven size, cut into many micro-batches."""
+    small = {"micro_batch_tokens": 64, "learning_rate": 1e-3}
+    looking = {"epochs": 3, "batch": 6, "tokens": 32, "held_out_share": 0.25, "check_every": 2}
+    recipe, responses, old = Recipe.load("dapo"), written(), written(old=True)
+
+    def regression(**changes):
+        return ValueSettings.of(None, {"loss": {"kind": "value_squared"}, **small, **changes})
+
+    def improvement(minibatches):
+        plan = recipe.update.model_copy(update={"minibatches": minibatches, "epochs": 1, "ema": 0.9})
+        return UpdateSettings.of(
+            None, {"loss": recipe.loss, "update": plan, "mix": {"per_response": 0.5, "coef": 0.3}, **small}
+        )
+
+    critic = {"advantages": responses.path, "policy": policy.path}
+    return {
+        "sft": (
+            sft, sft_settings(epochs=6, batch=7, documents_share=0.2, save_every=5, **small),
+            {"demonstrations": demonstrations.path, "documents": documents.path},
+        ),
+        "reward": (
+            reward, RewardSettings.of(None, {**looking, **small}),
+            {"rankings": rankings.path, "policy": policy.path, "demonstrations": demonstrations.path},
+        ),
+        "pretraining": (value, regression(steps=7, batch=5, check_every=3), critic),
+        "value": (value, regression(epochs=2, minibatches=3), critic),
+        "score": (
+            score, ScoreSettings.of(None, {"needs": ["old_logprobs", "ref_logprobs"], "micro_batch_tokens": 64}),
+            {"rollouts": [rollouts.path], "policy": policy.path, "reference": other_policy},
+        ),
+        "one step": (update, improvement(1), {**critic, "documents": documents.path}),
+        "three steps": (
+            update, improvement(3), {"advantages": old.path, "policy": policy.path, "documents": documents.path},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "pretraining", "value", "score", "one step", "three steps"])
+def test_two_processes_have_the_losses_of_one(pairs, numbers, name):
+    one, two = pairs[name]
+    assert names(one) == names(two)
+    assert one.manifest.fingerprint == two.manifest.fingerprint
+    first, second = numbers(one), numbers(two)
+    assert first.keys() == second.keys()
+    for key, found in first.items():
+        if not key[0].startswith(("speed/", "time/")):
+            near = TOLERANCE if key[0].startswith("loss/") else 1e-3
+            assert second[key] == pytest.approx(found, rel=near, abs=TOLERANCE), key
+    assert name == "score" or len([key for key in first if key[0] == "loss/total"]) >= 1
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "pretraining", "value", "one step", "three steps"])
+def test_two_processes_have_the_weights_of_one(pairs, name):
+    same_weights(*pairs[name])
+
+
+def test_two_processes_keep_the_average_of_one(pairs):
+    for name in ("one step", "three steps"):
+        same_weights(*pairs[name], AVERAGE)
+
+
+def test_two_processes_read_what_one_reads(pairs):
+    first, second = (made.table() for made in pairs["score"])
+    assert first.select(["prompt_id", "sample"]) == second.select(["prompt_id", "sample"])
+    for name in ("old_logprobs", "ref_logprobs"):
+        here, there = (table[name].combine_chunks().flatten().to_numpy() for table in (first, second))
+        np.testing.assert_allclose(there, here, rtol=0, atol=TOLERANCE)
+
+
+def test_one_process_goes_on_where_two_have_ended(pairs, plans, tmp_path):
+    stage, settings, inputs = plans["three steps"]
+    again = [
+        stage.run(tmp_path / str(number), settings, **inputs | {"policy": made.path})
+        for number, made in enumerate(pairs["three steps"])
+    ]
+    assert [made.stats["steps"] for made in again] == [6, 6]
+    same_weights(*again)
+
+
+def test_two_processes_that_were_killed_go_on(pairs, plans, tmp_path):
+    stage, settings, inputs = plans["sft"]
+    command = by_torchrun(stage, tmp_path / "out", settings, **inputs)
+    with begun(command) as process:
+        wait_for(lambda: list(tmp_path.glob(".part-out-*/working/progress/[0-9]*")), process)
+        end(process)
+    assert not (tmp_path / "out").exists()
+    with begun(command) as process:
+        said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said[-3000:]
+    assert "going on from step" in said
+    assert Artifact.open(tmp_path / "out").manifest.digest == pairs["sft"][1].manifest.digest
+
+
+def wait_for(seen, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not seen():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def end(process):
+    """Kill it and its processes, without a word."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in family:
+        one.kill()
+    psutil.wait_procs(family, timeout=30)
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Launches a stage by torchrun, as the resources of an experiment say."""
+    changes = ["resources.launcher=torchrun", 'resources.torchrun=["--standalone", "--nproc-per-node=2"]']
+    experiment = Experiment.load(EXPERIMENT, changes)
+    file = tmp_path / "experiment.toml"
+    file.write_text(experiment.dump(), encoding="utf-8")
+    return partial(launch, experiment=(experiment, file))
+
+
+def test_what_goes_wrong_in_two_processes_is_raised_here_once(launched, tmp_path, sft_settings, demonstrations):
+    settings = sft_settings(tokens=2)
+    with pytest.raises(ContractError) as alone:
+        sft.run(tmp_path / "alone", settings, demonstrations=demonstrations.path)
+    with pytest.raises(ContractError) as caught:
+        launched(sft, tmp_path / "out", settings, demonstrations=demonstrations.path)
+    assert str(caught.value) == str(alone.value)
+    assert not psutil.Process().children()
+
+
+def test_stages_that_read_no_model_run_in_one_process(launched, tmp_path, rollouts, prompts):
+    settings = LabelSettings.of(None, {"label": {"kind": "verifier"}})
+    made = launched(label, tmp_path / "labels", settings, rollouts=rollouts.path, prompts=prompts.path)
+    assert "torchrun" not in made.manifest.made["command"]
+    assert made.manifest.stats["rows"] == rollouts.manifest.stats["rows"]
