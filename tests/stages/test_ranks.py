@@ -266,13 +266,14 @@ def launched(tmp_path):
 
 
 def test_what_goes_wrong_in_two_processes_is_raised_here_once(launched, tmp_path, sft_settings, demonstrations):
+    others = {*psutil.Process().children()}
     settings = sft_settings(tokens=2)
     with pytest.raises(ContractError) as alone:
         sft.run(tmp_path / "alone", settings, demonstrations=demonstrations.path)
     with pytest.raises(ContractError) as caught:
         launched(sft, tmp_path / "out", settings, demonstrations=demonstrations.path)
     assert str(caught.value) == str(alone.value)
-    assert not psutil.Process().children()
+    assert {*psutil.Process().children()} <= others
 
 
 def test_stages_that_read_no_model_run_in_one_process(launched, tmp_path, rollouts, prompts):
