@@ -61,6 +61,12 @@ def write(folder: Path) -> Path:
     return page
 
 
+def side_by_side() -> Sheet:
+    """What the README quotes of the claim that has every recipe: mean and interval over seeds."""
+    claim = Claim.load("recipes")
+    return _arms(claim, claim.numbers(), ("accuracy", "gain", "extended"))
+
+
 def text(folder: Path) -> str:
     """The page."""
     sheet = overview(folder)
@@ -93,7 +99,7 @@ def _section(claim: Claim) -> list[str]:
         f"Verdict: {MARKS.get(said, said)}{_outdated(claim, numbers)}. {claim.remark}".strip(),
         *_cost(numbers),
         _checks(findings).markdown(),
-        _arms(claim, numbers).markdown(),
+        _arms(claim, numbers, tuple(claim.measures)).markdown(),
     ]
     return [*parts, *(f"![{picture.title}]({path.relative_to(claim.folder)})" for picture, path in _pictures(claim))]
 
@@ -122,13 +128,13 @@ def _checks(findings: Sequence[Finding]) -> Sheet:
     return Sheet("", ("what must hold", "verdict", "what was found"), rows)
 
 
-def _arms(claim: Claim, numbers: pl.DataFrame) -> Sheet:
+def _arms(claim: Claim, numbers: pl.DataFrame, measures: Sequence[str]) -> Sheet:
     """What was measured of each arm: mean and interval over seeds."""
     values, rows = claim.values(numbers), []
     for name, arm in claim.arms.items():
-        cells = (values.get(f"{name}.{measure}", {}) for measure in claim.measures)
+        cells = (values.get(f"{name}.{measure}", {}) for measure in measures)
         rows.append((name, arm.doc, *(str(Interval.of(list(cell.values()))) if cell else "" for cell in cells)))
-    header = ("arm", "what it is", *(measure.doc for measure in claim.measures.values()))
+    header = ("arm", "what it is", *(claim.measures[measure].doc for measure in measures))
     return Sheet("", header, tuple(rows))
 
 

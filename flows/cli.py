@@ -19,14 +19,19 @@ app = typer.Typer(
 
 Root = Annotated[Path, typer.Option(help="Where runs lie: a directory, or a URL (s3://...).", parser=storage.place)]
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or its URL.", parser=storage.at_hand)]
+ArtifactPath = Annotated[Path, typer.Argument(help="An artifact.", parser=storage.at_hand)]
+ExperimentFile = Annotated[str, typer.Argument(help="A name in flows/experiments, or a path to a .toml file.")]
+OtherRecipe = Annotated[str | None, typer.Option(help="Another recipe than the experiment's.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")]
+RunName = Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")]
 
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="A name in flows/experiments, or a path to a .toml file.")],
-    recipe: Annotated[str | None, typer.Option(help="Another recipe than the experiment's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")] = None,
+    experiment: ExperimentFile,
+    recipe: OtherRecipe = None,
+    changes: Changes = None,
+    name: RunName = None,
     root: Root = Path("runs"),
     dry_run: Annotated[bool, typer.Option(help="Print the resolved experiment and what is there already.")] = False,
     wait: Annotated[
@@ -56,10 +61,10 @@ def run(
 
 @app.command()
 def plan(
-    experiment: Annotated[str, typer.Argument(help="A name in flows/experiments, or a path to a .toml file.")],
-    recipe: Annotated[str | None, typer.Option(help="Another recipe than the experiment's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; the experiment's when absent.")] = None,
+    experiment: ExperimentFile,
+    recipe: OtherRecipe = None,
+    changes: Changes = None,
+    name: RunName = None,
     root: Root = Path("runs"),
     device: Annotated[str, typer.Option(help="a100, h100, h200, or core: one of a CPU.")] = "h100",
     count: Annotated[int, typer.Option(help="How many of them.", min=1)] = 8,
@@ -121,7 +126,7 @@ def redo(
     folder: Folder,
     stage: Annotated[str, typer.Argument(help="A stage, or an artifact's own name: labels-0, sft, 0003/policy.")] = "",
     iteration: Annotated[int | None, typer.Option(help="Of the loop; none: the foundations.", min=0)] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting.")] = None,
+    changes: Changes = None,
     name: Annotated[str | None, typer.Option("--as", help="Beside the old one, under this name.")] = None,
     stale: Annotated[bool, typer.Option("--stale", help="Everything that was made of other bytes.")] = False,
 ) -> None:
@@ -145,7 +150,7 @@ def prune(
 
 @app.command()
 def lineage(
-    path: Annotated[Path, typer.Argument(help="An artifact.", parser=storage.at_hand)],
+    path: ArtifactPath,
     depth: Annotated[int | None, typer.Option(help="How many steps back.", min=0)] = None,
 ) -> None:
     """Where an artifact came from, back to the files, and whether all of it is still what it was."""
@@ -167,7 +172,7 @@ def verify(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="An artifact.", parser=storage.at_hand)],
+    path: ArtifactPath,
     rows: Annotated[int, typer.Option(help="Sample rows to print.", min=0)] = 5,
     where: Annotated[str | None, typer.Option(help='SQL condition, e.g. "reward < 0".')] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Responses token by token, numbers as colour.")] = False,
@@ -247,7 +252,7 @@ def relabel(
     label: Annotated[str | None, typer.Option(help="Another labeler, e.g. majority_vote.")] = None,
     grader: Annotated[str | None, typer.Option(help="Another grader of the answers, e.g. math.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Labeler and filters of another recipe.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting.")] = None,
+    changes: Changes = None,
 ) -> None:
     """Label stored rollouts again, beside the old labels, and show what it changes."""
     from flows.relabeling import relabel as again
@@ -313,7 +318,7 @@ def fork(
     at: Annotated[int, typer.Option(help="First iteration of the new run; what lies before is shared.", min=0)],
     name: Annotated[str, typer.Option("--as", help="Name of the new run.")],
     recipe: Annotated[str | None, typer.Option(help="Another recipe than the run's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one value.")] = None,
+    changes: Changes = None,
 ) -> None:
     """A new run that goes on from where another one stood; nothing is copied."""
     from flows.forking import fork as write

@@ -149,8 +149,9 @@ def run_experiment(
             write_metrics(run.folder)
             hacking.draw([run.folder])
             _track(run)
+            storage.carry(run.folder)
         if outcome.policy.path == run.iteration(resolved.scale.iterations - 1) / "policy":
             reporting.write([run.folder])
-        storage.carry(run.folder)
+            storage.carry(run.folder)
     pictures.wait()
     return str(outcome.policy.path)

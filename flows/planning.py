@@ -14,6 +14,7 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.estimate import DEVICES, Device, Shape, Step, Work, iteration
 from pipeline.experiment import Experiment
+from pipeline.storage import MANIFEST
 
 CHARACTERS = 64
 """Tokens of a tokenizer that is still to be made of a text's characters."""
@@ -87,7 +88,7 @@ def _measured(folder: Path) -> dict[str, tuple[float, float]]:
     """Bytes and seconds of each stage in the last whole iteration that a run has made."""
     for place in sorted(folder.glob("[0-9][0-9][0-9][0-9]/policy"), reverse=True):
         found: dict[str, tuple[float, float]] = {}
-        for path in sorted(place.parent.glob("*/manifest.json")):
+        for path in sorted(place.parent.glob(f"*/{MANIFEST}")):
             made = Artifact.open(path.parent)
             size = float(sum(record.bytes for record in made.manifest.files.values()))
             before = found.get(made.manifest.stage, (0.0, 0.0))

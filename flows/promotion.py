@@ -138,7 +138,7 @@ def policy_of(one: Evaluated) -> Path:
     """Where the policy lies that was evaluated, as it was. Raises `ArtifactError` where it is not there any more."""
     recorded = _policy(one)
     path = recorded.place
-    there = Artifact.open(path, POLICY) if path.is_dir() or storage.fetch(path) else None
+    there = Artifact.open(path, POLICY) if storage.there(path) else None
     if there is None or there.pruned or there.manifest.digest != recorded.digest:
         raise ArtifactError(
             f"the policy evaluated in {one.run / 'eval'}/{one.iteration:04d} is not there as it was", str(path),

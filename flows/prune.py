@@ -92,16 +92,16 @@ def _of_forks(folder: Path) -> Iterator[Path]:
 def _weigh(artifact: Artifact, *, dry_run: bool) -> int:
     """Bytes of the weights, which are deleted unless this is a dry run."""
     files = artifact.manifest.files
-    away = not artifact.pruned and storage.url_of(artifact.path) is not None
-    names = [name for name in sorted(files) if name.endswith(".safetensors")]
-    weights = [artifact.path / name for name in names if away or (artifact.path / name).exists()]
-    size = sum(files[path.relative_to(artifact.path).as_posix()].bytes for path in weights)
+    mirrored = storage.url_of(artifact.path) is not None and not artifact.pruned
+    weights = [
+        name for name in files if name.endswith(storage.WEIGHTS) and (mirrored or (artifact.path / name).exists())
+    ]
     if weights and not dry_run:
         mark = artifact.path / PRUNED
         mark.touch()
         flush(artifact.path)
         storage.put(mark)
-        for path in weights:
-            path.unlink(missing_ok=True)
-            storage.removed(path)
-    return size
+        for name in weights:
+            (artifact.path / name).unlink(missing_ok=True)
+            storage.removed(artifact.path / name)
+    return sum(files[name].bytes for name in weights)

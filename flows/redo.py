@@ -196,7 +196,7 @@ def _set_aside(path: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = (target.with_name(f"{target.name}-{manifest.fingerprint[:8]}{end}") for end in _endings())
     place = next(candidate for candidate in free if not candidate.exists())
-    storage.complete(path)
+    storage.complete(path, manifest.files)
     path.rename(place)
     storage.moved(path, place)
     return place

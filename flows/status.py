@@ -19,10 +19,11 @@ from flows.lineage import Ledger, no_collecting
 from flows.promotion import PROMOTED
 from flows.run import LOCK_FILE
 from flows.sheets import Sheet
-from pipeline.artifacts import SCRATCH, Manifest
+from pipeline.artifacts import Manifest
 from pipeline.catalog import EXPERIMENT_FILE, is_aside, is_redone, name_of, refuse_no_run
 from pipeline.experiment import Experiment
 from pipeline.locks import holder, is_held
+from pipeline.storage import SCRATCH
 
 KEY_NUMBERS = ("accuracy/mean", "reward/mean", "accuracy/held_out", "kl/sampler", "entropy/mean", "tokens", "steps")
 """The first that an artifact has stands beside it."""

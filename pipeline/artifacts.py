@@ -49,13 +49,11 @@ from pipeline.errors import ArtifactError, BusyError, ContractError, StorageErro
 from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
 from pipeline.settings import Settings, explain
-from pipeline.storage import MANIFEST
+from pipeline.storage import MANIFEST, SCRATCH
 
 METRICS_FILE, LOG_FILE = "metrics.parquet", "log.txt"
 PRUNED = "PRUNED"
 """Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
-SCRATCH = ".part-"
-"""How the names of scratch directories begin."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
 _ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED, CARD})
 _ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
@@ -150,8 +148,7 @@ class Artifact:
 
         One that is not here, and is where the path mirrors object storage, is fetched.
         """
-        if not path.exists():
-            storage.fetch(path)
+        storage.there(path)
         if contract is not None and not contract.is_table and not (path / MANIFEST).exists():
             return cls(path, _adopt_checkpoint(path, contract))
         manifest = Manifest.read(path)
@@ -205,7 +202,7 @@ class Artifact:
         A pruned checkpoint may lack files; those that it has are looked at.
         """
         found = []
-        storage.complete(self.path)
+        storage.complete(self.path, self.manifest.files)
         for name, record in sorted(self.manifest.files.items()):
             path = self.path / name
             try:
@@ -390,7 +387,7 @@ class Outbox:
                 "wait for it and run again: it will be reused",
             ) from error  # fmt: skip
         if not (self.path / LOG_FILE).exists():
-            raise BusyError("another process committed first", str(self.target), "run again: it will be reused")
+            raise BusyError.second(self.target)
         kept = {self.working.name, LOG_FILE, *self._finished()}
         self.working.mkdir(exist_ok=True)
         (self.working / _HOLDER).write_text(json.dumps(this_process()), encoding="utf-8")
@@ -485,9 +482,7 @@ class Outbox:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            raise BusyError(
-                f"another process committed first ({error.strerror})", str(self.target), "run again: it will be reused"
-            ) from error
+            raise BusyError.second(self.target, f"{error.strerror}") from error
         flush(self.target.parent)
         self.close()
         return Artifact(self.target, manifest)

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.artifacts import METRICS_FILE, PRUNED, SCRATCH, Artifact, InputRecord
+from pipeline.artifacts import METRICS_FILE, PRUNED, Artifact, InputRecord
 from pipeline.contracts import METRICS
 from pipeline.errors import ArtifactError
-from pipeline.storage import MANIFEST
+from pipeline.storage import MANIFEST, SCRATCH
 
 EXPERIMENT_FILE = "experiment.toml"
 REPLACED = ".replaced"
@@ -192,8 +192,7 @@ def lies_at(record: InputRecord, roots: Iterable[Path]) -> Path | None:
     What lies in object storage is fetched.
     """
     recorded = record.place
-    if not recorded.exists():
-        storage.fetch(recorded)
+    storage.there(recorded)
     moved = (root / Path(*recorded.parts[start:]) for root in roots for start in range(1, len(recorded.parts)))
     return next((path.resolve() for path in (recorded, *moved) if path.exists()), None)
 

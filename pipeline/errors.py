@@ -18,6 +18,8 @@ Every message has up to three parts: what is wrong (with the value found), where
 A new error goes under the branch whose exit code is right for it and stays picklable: keep `__init__` as it is.
 """
 
+from typing import Self
+
 
 class PipelineError(Exception):
     """Anything this project raises on purpose.
@@ -72,6 +74,13 @@ class StorageError(PipelineError):
 
 class BusyError(PipelineError):
     """Another process holds what is asked for."""
+
+    @classmethod
+    def second(cls, where: object, why: str = "") -> Self:
+        """For what another process has finished meanwhile."""
+        return cls(
+            "another process committed first" + (f" ({why})" if why else ""), str(where), "run again: it will be reused"
+        )
 
 
 class EngineError(PipelineError):

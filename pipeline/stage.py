@@ -309,7 +309,7 @@ class Stage:
         return opened, fingerprint_of(self.name, self.version, given, _records(opened))
 
     def _reuse(self, out: Path, settings: StageSettings, opened: "Opened", fingerprint: str) -> Artifact | None:
-        if not out.exists() and not storage.fetch(out):
+        if not storage.there(out):
             return None
         there = Artifact.open(out)
         if there.manifest.fingerprint == fingerprint:

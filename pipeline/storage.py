@@ -27,7 +27,9 @@ WEIGHTS = ".safetensors"
 """How files end that are fetched only when they are read."""
 MIRRORS = "RLHF_MIRRORS"
 """Environment variable with the directory of the mirrors."""
-_UNFINISHED, _LINK = ".part-", ".link"
+SCRATCH = ".part-"
+"""How the names begin of what is not finished."""
+_LINK = ".link"
 
 
 def place(text: str | Path) -> Path:
@@ -51,22 +53,26 @@ def url_of(path: Path) -> str | None:
     return f"{scheme}://{'/' if scheme == 'file' else ''}{'/'.join(rest)}"
 
 
-def fetch(target: Path) -> bool:
-    """Get the artifact that belongs at `target`, but for its weights; whether there is one."""
+def there(path: Path) -> bool:
+    """Whether something is at `path`: here already, or fetched now, an artifact without its weights."""
+    return path.exists() or _fetched(path)
+
+
+def _fetched(target: Path) -> bool:
     with _reached(target) as found:
         if found is None:
             return False
-        files, there = found
+        files, base = found
         try:
-            manifest = files.cat_file(f"{there}/{MANIFEST}")
+            manifest = files.cat_file(f"{base}/{MANIFEST}")
         except FileNotFoundError:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{target.name}-", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{target.name}-", dir=target.parent))
         try:
-            for name in _names(files, there):
+            for name in _names(files, base):
                 if name != MANIFEST and not name.endswith(WEIGHTS):
-                    _download(files, f"{there}/{name}", scratch / name)
+                    _download(files, f"{base}/{name}", scratch / name)
             (scratch / MANIFEST).write_bytes(manifest)
             if not target.exists():  # another process was faster
                 scratch.rename(target)
@@ -75,14 +81,17 @@ def fetch(target: Path) -> bool:
     return True
 
 
-def complete(directory: Path) -> None:
-    """Get what an artifact has there and not here: its weights."""
+def complete(directory: Path, names: Iterable[str]) -> None:
+    """Get those of an artifact's files that are not here: its weights."""
+    missing = [name for name in names if not (directory / name).exists()]
+    if not missing:
+        return
     with _reached(directory) as found:
         if found is not None:
-            files, there = found
-            for name in _names(files, there):
-                if not (directory / name).exists():
-                    _download(files, f"{there}/{name}", directory / name)
+            files, base = found
+            for name in missing:
+                if files.exists(f"{base}/{name}"):
+                    _download(files, f"{base}/{name}", directory / name)
 
 
 def publish(directory: Path, target: Path, names: Iterable[str] | None = None) -> None:
@@ -93,17 +102,15 @@ def publish(directory: Path, target: Path, names: Iterable[str] | None = None) -
     with _reached(target) as found:
         if found is None:
             return
-        files, there = found
+        files, base = found
         inside = names or (path.relative_to(directory).as_posix() for path in directory.rglob("*"))
         for name in sorted(inside):
             if name != MANIFEST and (directory / name).is_file():
-                files.put_file(str(directory / name), f"{there}/{name}")
+                files.put_file(str(directory / name), f"{base}/{name}")
         try:
-            files.pipe_file(f"{there}/{MANIFEST}", (directory / MANIFEST).read_bytes(), mode="create")
+            files.pipe_file(f"{base}/{MANIFEST}", (directory / MANIFEST).read_bytes(), mode="create")
         except FileExistsError as error:
-            raise BusyError(
-                "another process committed first", f"{url_of(target)}", "run again: it will be reused"
-            ) from error
+            raise BusyError.second(url_of(target)) from error
 
 
 def bring(folder: Path) -> None:
@@ -111,19 +118,18 @@ def bring(folder: Path) -> None:
     with _reached(folder) as found:
         if found is None:
             return
-        files, there = found
-        names = _names(files, there)
+        files, base = found
+        names = _names(files, base)
         artifacts = {inside for inside, _, name in (name.rpartition("/") for name in names) if name == MANIFEST}
         for inside in sorted(artifacts):
-            if not (folder / inside).exists():
-                fetch(folder / inside)
+            there(folder / inside)
         for name in names:
             if any(str(parent) in artifacts for parent in Path(name).parents):
                 continue
             if name.endswith(_LINK):
-                _link(folder / name.removesuffix(_LINK), files.cat_file(f"{there}/{name}").decode())
+                _link(folder / name.removesuffix(_LINK), files.cat_file(f"{base}/{name}").decode())
             else:
-                _download(files, f"{there}/{name}", folder / name)
+                _download(files, f"{base}/{name}", folder / name)
 
 
 def carry(folder: Path) -> None:
@@ -131,22 +137,22 @@ def carry(folder: Path) -> None:
     with _reached(folder) as found:
         if found is None:
             return
-        files, there = found
+        files, base = found
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
             if path.is_symlink():
-                files.pipe_file(f"{there}/{path.name}{_LINK}", str(path.readlink()).encode())
+                files.pipe_file(f"{base}/{path.name}{_LINK}", str(path.readlink()).encode())
             elif path.is_file():
-                files.put_file(str(path), f"{there}/{path.name}")
+                files.put_file(str(path), f"{base}/{path.name}")
 
 
 def put(path: Path) -> None:
     """Copy one file."""
     with _reached(path) as found:
         if found is not None:
-            files, there = found
-            files.put_file(str(path), there)
+            files, base = found
+            files.put_file(str(path), base)
 
 
 def at_hand(text: str | Path) -> Path:
@@ -167,8 +173,8 @@ def removed(path: Path) -> None:
     with _reached(path) as found:
         if found is None:
             return
-        files, there = found
-        for name in (f"{there}/{MANIFEST}", there):
+        files, base = found
+        for name in (f"{base}/{MANIFEST}", base):
             if files.exists(name):
                 files.rm(name, recursive=True)
 
@@ -188,9 +194,9 @@ def _reached(path: Path) -> Iterator[tuple[Any, str] | None]:
     from fsspec import url_to_fs
 
     try:
-        files, there = url_to_fs(url, **({"auto_mkdir": True} if url.startswith("file:") else {}))
+        files, base = url_to_fs(url, **({"auto_mkdir": True} if url.startswith("file:") else {}))
         files.invalidate_cache()
-        yield files, there
+        yield files, base
     except PipelineError:
         raise
     except ImportError as error:
@@ -202,15 +208,15 @@ def _reached(path: Path) -> Iterator[tuple[Any, str] | None]:
         ) from error  # fmt: skip
 
 
-def _names(files: Any, there: str) -> list[str]:
+def _names(files: Any, base: str) -> list[str]:
     """All files below a place, by their path inside it."""
-    return sorted(name[len(there) :].lstrip("/") for name in files.find(there))
+    return sorted(name[len(base) :].lstrip("/") for name in files.find(base))
 
 
 def _download(files: Any, source: str, target: Path) -> None:
     """Get one file, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f"{_UNFINISHED}{os.getpid()}-{target.name}")
+    scratch = target.with_name(f"{SCRATCH}{os.getpid()}-{target.name}")
     try:
         files.get_file(source, str(scratch))
         scratch.replace(target)
@@ -220,6 +226,6 @@ def _download(files: Any, source: str, target: Path) -> None:
 
 def _link(path: Path, target: str) -> None:
     """Have a link point there, in one step."""
-    scratch = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
+    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")
     scratch.symlink_to(target)
     scratch.replace(path)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-BY_HAND = {"reward_model"}
-"""It needs pairs of people, which do not lie in the repository."""
+BY_HAND = {"gpu", "reward_model"}
+"""They need a GPU; pairs of people, which do not lie in the repository."""
 
 
 def benchmarks():

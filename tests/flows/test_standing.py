@@ -14,10 +14,10 @@ from flows import looking, reports
 from flows.lineage import Ledger, tree
 from flows.status import Line, _folded, status
 from flows.verifying import verified
-from pipeline.artifacts import PRUNED, SCRATCH, Artifact
+from pipeline.artifacts import PRUNED, Artifact
 from pipeline.catalog import Survey, artifacts_of
 from pipeline.errors import ArtifactError, ExperimentError
-from pipeline.storage import MANIFEST
+from pipeline.storage import MANIFEST, SCRATCH
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_a_url_that_nobody_reads_is_refused(text):
 def test_without_a_manifest_there_is_no_artifact(mirrored):
     store, path = mirrored
     put_together(store / "run" / "labels", part="1")
-    assert not storage.fetch(path / "labels")
+    assert not storage.there(path / "labels")
     assert not (path / "labels").exists()
 
 
@@ -187,9 +187,9 @@ def test_weights_are_fetched_when_the_artifact_is_completed(mirrored, away):
     storage.publish(
         put_together(away / "one", manifest__json="1", config__json="2", model__safetensors="3"), path / "policy"
     )
-    assert storage.fetch(path / "policy")
+    assert storage.there(path / "policy")
     assert sorted(file.name for file in (path / "policy").iterdir()) == ["config.json", "manifest.json"]
-    storage.complete(path / "policy")
+    storage.complete(path / "policy", ["config.json", "model.safetensors"])
     assert (path / "policy/model.safetensors").read_text() == "3"
 
 

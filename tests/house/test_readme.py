@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from flows import tables
+from flows import claims_page, tables
 from flows.cli import app
 from pipeline import storage
 
@@ -27,6 +27,7 @@ def between(name: str) -> str:
     [
         ("stages", lambda: tables.stages_sheet().markdown()),
         ("recipes", lambda: tables.recipes_sheet().markdown()),
+        ("measured", lambda: claims_page.side_by_side().markdown()),
         ("contracts", tables.contracts_markdown),
         ("aliases", lambda: tables.aliases_sheet().markdown()),
     ],

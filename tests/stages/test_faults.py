@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.artifacts import SCRATCH, Artifact
+from pipeline.artifacts import Artifact
 from pipeline.errors import ArtifactError, PipelineError, StorageError
+from pipeline.storage import SCRATCH
 from pipeline.text import Chat
 from stages.label import Settings as LabelSettings
 from stages.label import label
