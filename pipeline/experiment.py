@@ -284,15 +284,38 @@ class Fork(Settings):
     """First iteration of its own: what lies before is the other run's."""
 
 
+class Demand(Settings):
+    """What a worker of a Ray cluster holds while there is one for a stage."""
+
+    cpus: float = Field(1.0, gt=0)
+    """Processors."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs; absent: one where the stage can use one and the cluster has any."""
+    workers: int | None = Field(None, ge=1)
+    """How many at most; as many as fit when absent."""
+
+
+class Ray(Settings):
+    """Where shards of `rollout`, `label` and `score` are done under the launcher `ray`."""
+
+    address: str | None = None
+    """A cluster that is there: `auto`, `HOST:6379`. One on this machine, that ends with the run, when absent."""
+    demands: dict[str, Demand] = Field(default_factory=dict)
+    """Stage -> what a worker of it holds."""
+
+
 class Resources(Settings):
     """How stages run; no result depends on it beyond rounding."""
 
     engine: str = "vllm"
     """Who samples: `vllm`, `transformers`, `scripted`."""
-    launcher: Literal["inline", "process", "torchrun"] = "inline"
-    """Where stages run: in this process, each in its own, or those that train and read with a model in several."""
+    launcher: Literal["inline", "process", "torchrun", "ray"] = "inline"
+    """Where stages run: in this process, each in its own, those that train and read with a model in several, or
+    shards of those that sample, label and read on a Ray cluster."""
     torchrun: tuple[str, ...] = ("--standalone", "--nproc-per-node=auto")
     """What torchrun is told (launcher `torchrun`): how many processes, and where other nodes meet."""
+    ray: Ray = Ray()
+    """The cluster (launcher `ray`)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the sampler. Training and scoring compute in float32."""
     micro_batch_tokens: int = Field(16384, ge=1)

@@ -8,6 +8,7 @@ is passed over. JSON writes a float so that it is read back exactly.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,9 @@ from pydantic_core import PydanticSerializationError, to_json
 
 DIGITS = 16
 """Hex digits of a line's hash."""
+
+NOWHERE = Path(os.devnull)
+"""The path of a journal that keeps nothing."""
 
 
 class Journal:
@@ -60,11 +64,6 @@ class Journal:
     def close(self) -> None:
         """Add nothing more; the file stays."""
         self._file.close()
-
-    def remove(self) -> None:
-        """Delete the file: all that it says has been written for good."""
-        self.close()
-        self.path.unlink()
 
     def _hash(self, text: bytes) -> bytes:
         return hashlib.blake2b(text, key=self._key, digest_size=DIGITS // 2).hexdigest().encode()

@@ -5,6 +5,7 @@ process    the command that a person would type, in a process of its own: memory
            each stage can have its own interpreter
 torchrun   the same, in as many processes as torchrun is told to start, for the stages that train or read with a model;
            the others as under `process`
+ray        as inline, but for stages made of shards: a cluster's workers do those
 """
 
 import json
@@ -25,9 +26,11 @@ from typing import BinaryIO
 import psutil
 
 from pipeline.artifacts import Artifact
+from pipeline.cluster import Workers
 from pipeline.errors import ExperimentError, PipelineError
 from pipeline.experiment import Experiment
 from pipeline.lifeline import LIFELINE
+from pipeline.shards import done_by
 from pipeline.stage import ERROR_FILE, Stage, StageSettings
 
 GRACE = 5.0
@@ -54,7 +57,10 @@ def launch(
     the command, or the signal that killed it. Whatever is raised here, no process is left behind.
     """
     resources = experiment[0].resources
-    if resources.launcher == "inline":
+    if resources.launcher == "ray" and stage.shards:
+        with done_by(Workers(resources.ray, stage.name, stage.hardware)):
+            return stage.run(out, settings, **paths)
+    if resources.launcher in ("inline", "ray"):
         return stage.run(out, settings, **paths)
     python = resources.python.get(stage.name, sys.executable)
     command = stage.command(out, settings, experiment, python, **paths)

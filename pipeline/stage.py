@@ -120,6 +120,8 @@ class Stage:
     """`cpu`, or `gpu` where one helps."""
     ranks: bool
     """Whether several processes can share its work under torchrun."""
+    shards: bool
+    """Whether its work is made of shards that a cluster's workers can do."""
     settings_type: type[StageSettings]
     inputs_type: type[Any]
     inputs: tuple[InputSpec, ...]
@@ -374,7 +376,12 @@ Opened = dict[str, "list[Artifact | ForeignFile]"]
 
 
 def stage(
-    *, writes: Contract | tuple[Contract, ...], version: int, hardware: str = "cpu", ranks: bool = False
+    *,
+    writes: Contract | tuple[Contract, ...],
+    version: int,
+    hardware: str = "cpu",
+    ranks: bool = False,
+    shards: bool = False,
 ) -> Callable[[Callable[[Any, Any, Outbox], None]], Stage]:
     """Turn `name(inputs, settings, out)` into a `Stage`. `version` rises when results change."""
 
@@ -384,7 +391,8 @@ def stage(
         specs = tuple(InputSpec.of(f.name, fields[f.name]) for f in dataclasses.fields(hints["inputs"]))
         kinds = writes if isinstance(writes, tuple) else (writes,)
         return Stage(
-            function.__name__, function, kinds, version, hardware, ranks, hints["settings"], hints["inputs"], specs
+            function.__name__, function, kinds, version, hardware, ranks, shards, hints["settings"], hints["inputs"],
+            specs,
         )  # fmt: skip
 
     return decorate

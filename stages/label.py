@@ -4,10 +4,11 @@ Reference answers reach the rewards only where the labeler asks for verdicts. Ev
 the column `gold`, the column `verdict` and the metrics: nothing that is trained on depends on them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from pipeline.experiment import Experiment
 from pipeline.grading import LOST, Judgement, Memory
 from pipeline.grading.measures import accuracies, election
 from pipeline.grading.mixed import Means, Reading, read
-from pipeline.journal import Journal
+from pipeline.journal import NOWHERE, Journal
+from pipeline.shards import elsewhere, processors, spread
 from pipeline.stage import StageSettings, stage
 
 GREEDY = -1
@@ -130,6 +132,8 @@ def lottery(part: pa.Table, seed: int) -> Float[np.ndarray, " B"]:
 class Judged:
     """A part with its rewards."""
 
+    keys: pa.Table
+    """`prompt_id`, `sample`."""
     columns: Columns
     reading: Reading
     labels: Labels
@@ -137,11 +141,15 @@ class Judged:
     """What the labeler compared each response with."""
     reasons: list[str | None]
     """Why each row does not train; None where it does."""
+    retried: int = 0
+    """Rows that a grader was asked about once more."""
+    recovered: int = 0
+    """Those of them that it then got through."""
 
 
 def judged(
     part: pa.Table, rows: Sequence[Prompt], labeler: Piece[Labels], filters: Sequence[Piece[Kept]],
-    settings: Settings, scores: Float[np.ndarray, " B"] | None = None, memory: Memory | None = None,
+    settings: Settings, means: Means, scores: Float[np.ndarray, " B"] | None = None,
 ) -> Judged:  # fmt: skip
     """Reward the responses of a part and let the filters look. Raises `ContractError` for a column that is not there.
 
@@ -157,8 +165,7 @@ def judged(
     reading = read(
         [row["grader"] for row in rows], columns["responses"],
         [row["answer"] if answered(row) else None for row in rows], columns["group"].tolist(),
-        needs=labeler.needs, last=columns["sample"] == GREEDY,
-        means=Means(settings.grader_seconds, os.cpu_count() or 1, memory),
+        needs=labeler.needs, last=columns["sample"] == GREEDY, means=means,
     )  # fmt: skip
     if "verdicts" in labeler.needs:
         columns["verdicts"] = _numbers([judgement.correct if judgement else None for judgement in reading.gold])
@@ -173,7 +180,8 @@ def judged(
     columns |= {"rewards": labels.rewards, "verdicts": labels.verdicts}
     if any("lottery" in piece.needs for piece in filters):
         columns["lottery"] = lottery(part, settings.seed)
-    return Judged(columns, reading, labels, target, dropped(columns, filters, reading.statuses))
+    reasons = dropped(columns, filters, reading.statuses)
+    return Judged(part.select(["prompt_id", "sample"]), columns, reading, labels, target, reasons)
 
 
 def _numbers(right: Sequence[bool | None]) -> Float[np.ndarray, " B"]:
@@ -216,14 +224,14 @@ def without_surplus(reasons: list[str | None], group: np.ndarray, room: int) -> 
     return marked, min(room, len(kept_groups))
 
 
-def labelled(part: pa.Table, made: Judged, reasons: Sequence[str | None]) -> pa.Table:
+def labelled(made: Judged, reasons: Sequence[str | None]) -> pa.Table:
     """Rows of the labels contract."""
-    nothing = [None] * part.num_rows
+    nothing = [None] * made.keys.num_rows
     right = {1.0: True, 0.0: False}
     share = made.labels.vote_share
     columns = {
-        "prompt_id": part["prompt_id"].to_pylist(),
-        "sample": part["sample"].to_pylist(),
+        "prompt_id": made.keys["prompt_id"],
+        "sample": made.keys["sample"],
         "reward": made.labels.rewards,
         "correct": [right.get(verdict) for verdict in made.labels.verdicts.tolist()],
         "gold": [judgement and judgement.correct for judgement in made.reading.gold],
@@ -280,6 +288,7 @@ class Tally:
         for name, values in shares.items():
             self.shares[name] = self.shares.get(name, Moments()) + Moments.of(np.asarray(values, np.float64))
         self.counts.update(f"dropped/{reason.replace(' ', '_')}" for reason in reasons if reason is not None)
+        self.counts.update({"grader/retried": made.retried, "grader/recovered": made.recovered})
         if made.reading.classes is not None:
             self.lost = (self.lost or 0) + made.reading.lost
 
@@ -298,7 +307,7 @@ class Tally:
         self.counts[f"verdict/{gold.status.replace(' ', '_')}"] += 1
         return None if gold.correct is None or np.isnan(verdict) else float(gold.correct == verdict)
 
-    def report(self, out: Outbox, memory: Memory) -> None:
+    def report(self, out: Outbox) -> None:
         """Leave the numbers in metrics and stats."""
         numbers = {
             name: (values.mean, UNITS.get(name, "fraction"))
@@ -310,7 +319,6 @@ class Tally:
             "groups/kept": (float(self.groups_kept), "groups"),
             "groups/seen": (float(self.groups_seen), "groups"),
         }
-        self.counts.update({"grader/retried": memory.retried, "grader/recovered": memory.recovered})
         numbers |= {name: (float(count), "rows") for name, count in self.counts.items()}
         if self.lost is not None:
             numbers["vote/lost_comparisons"] = (float(self.lost), "comparisons")
@@ -364,32 +372,74 @@ def judgements_of(labeler: Piece[Labels], judgements: Artifact | None) -> pa.Tab
     return judgements.table(list(SCORED))
 
 
-@stage(writes=LABELS, version=2)
+@dataclass
+class Judge:
+    """Rewards parts of rollouts."""
+
+    settings: Settings
+    prompts: pa.Table
+    """`prompt_id`, `answer`, `grader`."""
+    asked_in: Artifact
+    """What they are columns of."""
+    scored: pa.Table | None
+    """What the reward model said, where the labeler asks."""
+    processors: int
+    """That graders may use."""
+    journal: Path
+    """Where verdicts are kept for the try after a crash."""
+
+    @cached_property
+    def labeler(self) -> Piece[Labels]:
+        """Who rewards."""
+        return LABELERS.take(self.settings.label)
+
+    @cached_property
+    def filters(self) -> list[Piece[Kept]]:
+        """Who decides which rows train."""
+        return [FILTERS.take(line) for line in self.settings.filter]
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Of the graders, over the parts that are judged here."""
+        return Memory(Journal(self.journal))
+
+    def __call__(self, part: pa.Table) -> Judged:
+        """The part with its rewards."""
+        rows = asked(part["prompt_id"].to_pylist(), self.prompts)
+        if "verdicts" in self.labeler.needs:
+            refuse_unanswered(rows, self.asked_in)
+        if "answers" in self.labeler.needs:
+            refuse_ungraded(rows, self.asked_in)
+        scores = None if self.scored is None else scores_of(part, self.scored)
+        means = Means(self.settings.grader_seconds, self.processors, self.memory)
+        retried, recovered = self.memory.retried, self.memory.recovered
+        made = judged(part, rows, self.labeler, self.filters, self.settings, means, scores)
+        return replace(made, retried=self.memory.retried - retried, recovered=self.memory.recovered - recovered)
+
+    def rest(self) -> None:
+        """Close the journal."""
+        if "memory" in vars(self):
+            self.memory.close()
+            del self.memory
+
+
+@stage(writes=LABELS, version=2, shards=True)
 def label(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Reward every response; decide which rows train, and say why not."""
-    labeler = LABELERS.take(settings.label)
-    filters = [FILTERS.take(line) for line in settings.filter]
     prompts = inputs.prompts.table(["prompt_id", "answer", "grader"])
     if settings.grader is not None:
         prompts = prompts.set_column(2, "grader", pa.array([settings.grader] * len(prompts), pa.string()))
-    by_model = judgements_of(labeler, inputs.judgements)
+    scored = judgements_of(LABELERS.take(settings.label), inputs.judgements)
+    journal = NOWHERE if elsewhere() else out.working / "judgements.jsonl"
+    judge = Judge(settings, prompts, inputs.prompts, scored, processors(), journal)
     tally = Tally()
-    with Journal(out.working / "judgements.jsonl") as journal:
-        memory = Memory(journal)
-        for index, part in enumerate(inputs.rollouts.parts()):
-            rows = asked(part["prompt_id"].to_pylist(), prompts)
-            if "verdicts" in labeler.needs:
-                refuse_unanswered(rows, inputs.prompts)
-            if "answers" in labeler.needs:
-                refuse_ungraded(rows, inputs.prompts)
-            scores = None if by_model is None else scores_of(part, by_model)
-            made = judged(part, rows, labeler, filters, settings, scores, memory)
-            room = part.num_rows if settings.room is None else settings.room - tally.groups_kept
-            reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))
-            tally.groups_kept += kept
-            tally.add(made, reasons)
-            out.write(index, labelled(part, made, reasons))
-    tally.report(out, memory)
+    for index, (made,) in enumerate(spread(judge, inputs.rollouts.parts(), lambda part: [part])):
+        room = made.keys.num_rows if settings.room is None else settings.room - tally.groups_kept
+        reasons, kept = without_surplus(made.reasons, made.columns["group"], max(room, 0))
+        tally.groups_kept += kept
+        tally.add(made, reasons)
+        out.write(index, labelled(made, reasons))
+    tally.report(out)
 
 
 if __name__ == "__main__":

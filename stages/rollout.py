@@ -4,8 +4,9 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,11 @@ from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
 from pipeline.engines import ENGINES, GREEDY, Completion, Engine, EngineOptions, Sampling, check_beams, open_engine
 from pipeline.errors import ArtifactError, ContractError, EngineError
 from pipeline.experiment import Experiment
-from pipeline.journal import Journal
+from pipeline.journal import NOWHERE, Journal
 from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.seeds import derive
+from pipeline.shards import elsewhere, spread
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
 from pipeline.wellformed import malformed
@@ -199,33 +201,83 @@ def whole_groups(
         raise EngineError(f"{len(group)} of {len(plan.samples)} responses", f"prompt {asked[place].prompt_id}")
 
 
+class Shard(NamedTuple):
+    """Prompts of a part: all of them, or a piece."""
+
+    part: int
+    asked: Sequence[Asked]
+
+
+class Sampled(NamedTuple):
+    """What was sampled for a shard, and what it took."""
+
+    table: pa.Table
+    """Rows of the rollouts contract, groups in the order asked, samples in order."""
+    tokens: int
+    """Sampled now: those of groups that a journal had not."""
+
+
 @dataclass
 class Sampler:
     """Asks an engine for the groups that are not there yet."""
 
-    engine: Engine
+    policy: Path
+    name: str
+    """Of the engine."""
+    options: EngineOptions
     plan: Sampling
-    chat: Chat
-    tokens: int = 0
-    """Sampled so far."""
+    about: Mapping[str, str]
+    """What the rows' log-probabilities mean."""
+    journals: Path | None
+    """Where finished groups are kept; None: nowhere, a shard is done again from its beginning."""
 
-    def part(self, asked: Sequence[Asked], journal: Journal) -> pa.Table:
-        """Rows of the rollouts contract, groups in the order asked, samples in order.
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, with the policy's weights."""
+        return open_engine(self.name, self.policy, self.options)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The policy's tokenizer."""
+        return Chat(self.policy)
+
+    def cut(self, part: Shard) -> list[Shard]:
+        """The part in shards that each fill an engine once."""
+        prompts = -(-self.options.max_num_seqs // len(self.plan.samples))
+        starts = range(0, len(part.asked), prompts)
+        return [Shard(part.part, part.asked[start : start + prompts]) for start in starts]
+
+    def __call__(self, shard: Shard) -> Sampled:
+        """Sample a shard.
 
         Groups that the journal has are taken from it; the others are added to it as they are finished.
         """
+        about = {**self.engine.describe(), **self.chat.metadata(), **self.about}
+        kept = NOWHERE if self.journals is None else journal_of(self.journals, shard.part)
+        with Journal(kept, under=about) as journal:
+            table, tokens = self._rows(shard.asked, journal)
+        return Sampled(table.replace_schema_metadata({**(table.schema.metadata or {}), **about}), tokens)
+
+    def rest(self) -> None:
+        """Give the accelerator's memory back."""
+        if "engine" in vars(self) and not self.engine.closed:
+            self.engine.sleep()
+
+    def _rows(self, asked: Sequence[Asked], journal: Journal) -> Sampled:
         places = {one.prompt_id: place for place, one in enumerate(asked)}
         groups = {
             places[prompt_id]: [Completion(places[prompt_id], *fields) for fields in group]
             for prompt_id, group in journal.entries()
         }
         try:
-            groups |= self._sampled(asked, journal, frozenset(groups))
+            new = dict(self._sampled(asked, journal, frozenset(groups)))
         except BaseException:
             self.engine.close()  # it may be in the middle of a request: the next try builds another
             raise
+        groups |= new
         rows = [_row(one, said, self.chat) for place, one in enumerate(asked) for said in groups[place]]
-        return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema())
+        tokens = sum(len(said.tokens) for group in new.values() for said in group)
+        return Sampled(pa.Table.from_pylist(rows, schema=ROLLOUTS.schema()), tokens)
 
     def _sampled(
         self, asked: Sequence[Asked], journal: Journal, done: Collection[int]
@@ -234,8 +286,12 @@ class Sampler:
         for place, group in whole_groups(asked, completions, self.plan, done):
             fields = [[one.sample, one.tokens, one.logprobs, one.finish, one.seed] for one in group]
             journal.add([asked[place].prompt_id, fields])
-            self.tokens += sum(len(one.tokens) for one in group)
             yield place, group
+
+
+def journal_of(folder: Path, index: int) -> Path:
+    """Where finished groups of a part are kept until the part is written."""
+    return folder / f"groups-{index:05d}.jsonl"
 
 
 def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
@@ -246,7 +302,7 @@ def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@stage(writes=ROLLOUTS, version=2, hardware="gpu")
+@stage(writes=ROLLOUTS, version=2, hardware="gpu", shards=True)
 def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Sample responses from the policy."""
     facts, longest = checkpoint.inspect(inputs.policy.path), settings.prompt_tokens + settings.response_tokens
@@ -268,23 +324,24 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         max_tokens=settings.response_tokens, stop_ids=chat.stop_ids, greedy=settings.greedy,
         beams=settings.beams,
     )  # fmt: skip
-    shards = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
-    missing = list(out.shards(len(shards)))
-    if missing:
-        engine = open_engine(
-            settings.engine, inputs.policy.path, EngineOptions(dtype=settings.dtype, max_model_len=longest)
-        )
-        about = {**engine.describe(), **chat.metadata(), **_distribution(settings, inputs.policy)}
-        sampler, started = Sampler(engine, plan, chat), time.monotonic()
+    parts = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
+    sampler = Sampler(
+        inputs.policy.path, settings.engine, EngineOptions(dtype=settings.dtype, max_model_len=longest), plan,
+        _distribution(settings, inputs.policy), None if elsewhere() else out.working,
+    )  # fmt: skip
+    missing, new, started = list(out.shards(len(parts))), 0, time.monotonic()
+
+    def left() -> Iterator[Shard]:
         for index in missing:
-            console.progress(f"sampling part {index + 1}/{len(shards)}")
-            with Journal(out.working / f"groups-{index:05d}.jsonl", under=about) as journal:
-                table = sampler.part(shards[index], journal)
-                out.write(index, table.replace_schema_metadata({**(table.schema.metadata or {}), **about}))
-                journal.remove()
-        if sampler.tokens:
-            out.metrics.add("speed/tokens_per_second", sampler.tokens / (time.monotonic() - started), "tokens/s")
-        engine.sleep()
+            console.progress(f"sampling part {index + 1}/{len(parts)}")
+            yield Shard(index, parts[index])
+
+    for index, made in zip(missing, spread(sampler, left(), sampler.cut, [inputs.policy.path]), strict=True):
+        out.write(index, pa.concat_tables([one.table for one in made]))
+        journal_of(out.working, index).unlink(missing_ok=True)
+        new += sum(one.tokens for one in made)
+    if new:
+        out.metrics.add("speed/tokens_per_second", new / (time.monotonic() - started), "tokens/s")
     _measure(out, too_long, settings.first + len(asked))
 
 

@@ -6,8 +6,9 @@ other columns of the rows that are kept after it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_logprobs, response_scores, response_values
+from pipeline.shards import spread
 from pipeline.stage import StageSettings, stage
 from pipeline.text import Chat
 from pipeline.training.batches import Rows, micro_batches
@@ -44,6 +46,9 @@ KIND_OF: dict[str, checkpoint.Kind] = {"values": "critic", "reward_scores": "rew
 
 BEFORE_LABEL = "reward_scores"
 """The column that labelers read: asked for by name, before there are labels."""
+
+SHARD = 512
+"""Responses that a worker reads at a time, where several share the work."""
 
 Tokens = Sequence[Sequence[int]]
 Reader = Callable[[nn.Module, Tokens, Tokens], Tensor]
@@ -156,7 +161,7 @@ def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Ar
     return pa.array(rows, pa.float32()) if np.ndim(rows[0]) == 0 else ragged.from_rows(rows, pa.float32())
 
 
-def spread(name: str, numbers: np.ndarray) -> Numbers:
+def location(name: str, numbers: np.ndarray) -> Numbers:
     """Mean and standard deviation (by n)."""
     return {f"{name}/mean": (float(numbers.mean()), "reward"), f"{name}/std": (float(numbers.std()), "reward")}
 
@@ -168,7 +173,42 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> Numbers:
     return {"reward_scores/length_correlation": (float(np.corrcoef(scores, lengths)[0, 1]), "")}
 
 
-@stage(writes=SCORES, version=1, hardware="gpu", ranks=True)
+def cut(part: pa.Table) -> list[pa.Table]:
+    """The part in shards of `SHARD` responses."""
+    return [part.slice(start, SHARD) for start in range(0, part.num_rows, SHARD)]
+
+
+@dataclass
+class Reading:
+    """Fills a column, part by part."""
+
+    need: Need
+    model_at: Path
+    temperature: float
+    micro_batch_tokens: int
+
+    @cached_property
+    def model(self) -> tuple[nn.Module, Reader]:
+        """Who fills the column, and how."""
+        if self.need == "values":
+            critic = shard(checkpoint.load_critic(self.model_at, "float32"))
+            return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
+        if self.need == "reward_scores":
+            return shard(checkpoint.load_reward_model(self.model_at, "float32")), response_scores
+        reader = partial(response_logprobs, temperature=self.temperature)
+        policy = shard(checkpoint.load_policy(self.model_at, "float32"))
+        return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
+
+    def __call__(self, part: pa.Table) -> pa.Array:
+        """The column of a part."""
+        return read(*self.model, part, self.micro_batch_tokens)
+
+    def rest(self) -> None:
+        """Drop the model."""
+        vars(self).pop("model", None)
+
+
+@stage(writes=SCORES, version=1, hardware="gpu", ranks=True, shards=True)
 def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Read the kept responses with the models that the recipe asks for."""
     if not settings.needs:
@@ -185,25 +225,13 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         facts = checkpoint.inspect(given.path, KIND_OF.get(need, "policy"))
         refuse_another_tokenizer(inputs.rollouts, given, MODEL_OF[need].replace("_", " "))
         refuse_foreign(parts, facts.vocab_size, given)
-        model, reader = _reading(need, given, settings.temperature)
-        for part, filled in zip(parts, columns, strict=True):
-            filled[need] = read(model, reader, part, settings.micro_batch_tokens)
-        del model
+        reading = Reading(need, given.path, settings.temperature, settings.micro_batch_tokens)
+        texts = (part.select(["prompt_tokens", "response_tokens"]) for part in parts)
+        for filled, pieces in zip(columns, spread(reading, texts, cut, [given.path]), strict=True):
+            filled[need] = pa.concat_arrays(pieces)
     for index, filled in enumerate(columns):
         out.write(index, pa.table(filled))
     _measure(parts, columns, out)
-
-
-def _reading(need: Need, given: Artifact, temperature: float) -> tuple[nn.Module, Reader]:
-    """The model that fills a column, and how."""
-    if need == "values":
-        critic = shard(checkpoint.load_critic(given.path, "float32"))
-        return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
-    if need == "reward_scores":
-        return shard(checkpoint.load_reward_model(given.path, "float32")), response_scores
-    reader = partial(response_logprobs, temperature=temperature)
-    policy = shard(checkpoint.load_policy(given.path, "float32"))
-    return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
 
 
 def _measure(parts: Sequence[pa.Table], columns: Sequence[Mapping[str, Any]], out: Outbox) -> None:
@@ -217,11 +245,11 @@ def _measure(parts: Sequence[pa.Table], columns: Sequence[Mapping[str, Any]], ou
         if "ref_logprobs" in whole:
             numbers |= divergence(whole["old_logprobs"], whole["ref_logprobs"])
     if "values" in whole:
-        numbers |= spread("value", whole["values"].flatten().to_numpy())
+        numbers |= location("value", whole["values"].flatten().to_numpy())
     if "reward_scores" in whole:
         scores = whole["reward_scores"].to_numpy()
         lengths = np.concatenate([pc.list_value_length(part["response_tokens"]).to_numpy() for part in parts])
-        numbers |= spread("reward_scores", scores) | length_correlation(scores, lengths)
+        numbers |= location("reward_scores", scores) | length_correlation(scores, lengths)
     for name, (value, unit) in numbers.items():
         out.metrics.add(name, value, unit)
     out.stats |= {name: value for name, (value, _) in numbers.items()}

@@ -102,6 +102,10 @@ class Memory:
         self.recovered = 0
         """Those of them that the grader then got through."""
 
+    def close(self) -> None:
+        """Remember nothing more."""
+        self._journal.close()
+
     def judge(self, rows: Sequence[Row], work: Work, workers: int, about: tuple[str, bool]) -> list[Judgement]:
         """Let `work` judge those of these different rows that no earlier try did; `about` is whose rows they are."""
         names = {row: _name(about, row) for row in rows}

@@ -72,5 +72,4 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_added(tmp_path):
     journal.add([1.5])
     (line,) = (tmp_path / "a").read_text().splitlines()
     assert json.loads(line.partition(" ")[2]) == [1.5]
-    journal.remove()
-    assert not list(tmp_path.iterdir())
+    journal.close()

@@ -20,7 +20,7 @@ from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, save
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.text import Chat
 from pipeline.training.policies import divergence, mismatch
-from stages.score import MODEL_OF, Settings, length_correlation, score, spread
+from stages.score import MODEL_OF, Settings, length_correlation, location, score
 
 
 def settings(*needs, **changes):
@@ -316,7 +316,7 @@ def test_divergence_by_hand():
         "kl/reference": (pytest.approx((1 + 0 - 0.5) / 3), "nat"),
         "kl/reference_sum": (pytest.approx((1 - 0.5) / 2), "nat"),
     }
-    assert spread("x", np.array([1.0, 3.0])) == {"x/mean": (2.0, "reward"), "x/std": (1.0, "reward")}
+    assert location("x", np.array([1.0, 3.0])) == {"x/mean": (2.0, "reward"), "x/std": (1.0, "reward")}
 
 
 @pytest.mark.parametrize(
