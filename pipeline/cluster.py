@@ -10,6 +10,7 @@ Workers open inputs by their paths: the runs lie on a file system that all machi
 
 import math
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, count, islice
@@ -160,14 +161,22 @@ def _connected(address: str | None) -> Any:
             "launcher ray needs Ray, which is not installed", "resources.launcher", 'pip install "rlhf-stages[ray]"'
         ) from error
     try:
+        _knock(address or "")
         ray.init(address=address or "local", include_dashboard=False if address is None else None,
                  log_to_driver=False, configure_logging=False)  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ExperimentError(
             f"no Ray cluster answers: {error}", f"resources.ray.address = {address!r}",
             "`ray start --head` starts one; without an address one is started on this machine",
         ) from error  # fmt: skip
     return ray
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` where nobody listens: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def close() -> None:
