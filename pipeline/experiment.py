@@ -317,7 +317,11 @@ class Resources(Settings):
     ray: Ray = Ray()
     """The cluster (launcher `ray`)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Of the sampler. Training and scoring compute in float32."""
+    """Of the sampler."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the layers in training and scoring; weights, gradients and moments stay float32."""
+    recompute: bool = False
+    """Train with the layers' inputs alone kept for the backward pass: less memory, a third more work."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once in training and scoring."""
     grader_seconds: float = Field(5.0, gt=0)

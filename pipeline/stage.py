@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline import lifeline, storage
 from pipeline.artifacts import (
@@ -79,6 +79,45 @@ class StageSettings(Settings):
                 f"settings of stage {cls.__module__.rpartition('.')[2]}",
                 "give it with --set name=value",
             ) from error
+
+
+class ModelSettings(StageSettings):
+    """Base of the settings of stages that compute with a model."""
+
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Padded tokens that fit into memory at once; a prompt with responses that are compared is never divided."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model's layers; weights and what is written stay float32."""
+
+    @staticmethod
+    def computing(experiment: Experiment) -> dict[str, Any]:
+        """These settings, from `resources`."""
+        resources = experiment.resources
+        return {"micro_batch_tokens": resources.micro_batch_tokens, "compute_dtype": resources.compute_dtype}
+
+
+class TrainingSettings(ModelSettings):
+    """Base of the settings of stages that train a model."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, of all matrices."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Longest gradient; a longer one is scaled down to it."""
+    recompute: bool = False
+    """Keep the layers' inputs alone for the backward pass: less memory, a third more work, the same gradients."""
+    save_every: int = Field(100, ge=0)
+    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
+    seed: int = 0
+    """Of the run: what is drawn follows from it, new weights and the order of the rows."""
+
+    @staticmethod
+    def training(experiment: Experiment) -> dict[str, Any]:
+        """These settings but the weight decay, from `resources`, `scale` and `seed`."""
+        return {
+            **ModelSettings.computing(experiment), "recompute": experiment.resources.recompute,
+            "gradient_clip": experiment.scale.gradient_clip, "save_every": experiment.resources.save_every,
+            "seed": experiment.seed,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

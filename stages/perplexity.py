@@ -18,26 +18,25 @@ from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.device import device
 from pipeline.models.forward import response_logprobs
-from pipeline.stage import StageSettings, stage
+from pipeline.models.precision import computing
+from pipeline.stage import ModelSettings, stage
 from pipeline.text import Chat
 from pipeline.training.batches import micro_batches
 from pipeline.training.imitation import Example, windows
 
 
-class Settings(StageSettings):
+class Settings(ModelSettings):
     """How documents are read."""
 
     document_tokens: int = Field(1024, ge=2)
     """Longer documents are cut into windows of so many tokens, as where they are mixed into training."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Lengths from `scale`."""
         return {
             "document_tokens": experiment.scale.prompt_tokens + experiment.scale.response_tokens,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens,
+            **cls.computing(experiment),
         }
 
 
@@ -106,7 +105,7 @@ def perplexity(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Measure how well a policy still predicts plain text."""
     place = inputs.policy.path
     checkpoint.inspect(place)
-    model = checkpoint.load_policy(place, "float32").to(device())
+    model = computing(checkpoint.load_policy(place, "float32").to(device()), settings.compute_dtype)
     documents = inputs.documents.table(["document_id", "text"]).to_pylist()
     found = predicted(model, documents, Chat(place), settings)
     out.write(

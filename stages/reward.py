@@ -20,8 +20,9 @@ from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.distributed import shard
+from pipeline.models.precision import computing
 from pipeline.seeds import derive
-from pipeline.stage import StageSettings, stage
+from pipeline.stage import TrainingSettings, stage
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.best import Best, Judged
@@ -35,7 +36,7 @@ PAIRS = "pairs.parquet"
 """Beside the model: every comparison that it was measured by, and what it said of it."""
 
 
-class Settings(StageSettings):
+class Settings(TrainingSettings):
     """How to learn from rankings."""
 
     epochs: int = Field(1, ge=1)
@@ -48,8 +49,6 @@ class Settings(StageSettings):
     """Share of the steps over which the rate rises linearly."""
     final_share: float = Field(0.1, ge=0, le=1)
     """Cosine decay ends at this share of the peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, of all matrices."""
     margin: float = Field(0.0, ge=0)
     """The better response must lead by this times the difference of the ratings, where annotators gave ratings."""
     held_out_share: float = Field(0.1, ge=0, lt=1)
@@ -59,26 +58,17 @@ class Settings(StageSettings):
     end, and the last weights are kept."""
     patience: int = Field(3, ge=1)
     """Looks in a row without a better accuracy after which the training ends."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Longest gradient; a longer one is scaled down to it."""
     tokens: int = Field(1024, ge=1)
     """A ranking with a longer prompt and response is left out and counted, never cut; so is a demonstration."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Tokens that fit into memory at once; a prompt with its responses is never divided."""
-    save_every: int = Field(100, ge=0)
-    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
-    seed: int = 0
-    """Of the run: a new head, the order of the prompts and what is held out follow from it."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """`reward`, and lengths from `scale`."""
         scale = experiment.scale
         return {
-            **experiment.reward.model_dump(), "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
+            **experiment.reward.model_dump(), 
             "tokens": scale.prompt_tokens + scale.response_tokens,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens,
-            "save_every": experiment.resources.save_every,
+            **cls.training(experiment),
         }  # fmt: skip
 
 
@@ -175,6 +165,7 @@ def _model(inputs: Inputs, settings: Settings) -> tuple[Any, Chat, int]:
             f"a reward model starts from a policy or from a reward model, and {found} given",
             do="name one of them, with --policy PATH or --reward-model PATH",
         )
+    model = computing(model, settings.compute_dtype, settings.recompute)
     return shard(model), Chat(place), facts.max_position
 
 

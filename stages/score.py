@@ -29,8 +29,9 @@ from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_logprobs, response_scores, response_values
+from pipeline.models.precision import computing
 from pipeline.shards import spread
-from pipeline.stage import StageSettings, stage
+from pipeline.stage import ModelSettings, stage
 from pipeline.text import Chat
 from pipeline.training.batches import Rows, micro_batches
 from pipeline.training.policies import Numbers, divergence, mismatch
@@ -55,15 +56,13 @@ Reader = Callable[[nn.Module, Tokens, Tokens], Tensor]
 """From model, prompts and responses to a number per response token [B T] or per response [B]."""
 
 
-class Settings(StageSettings):
+class Settings(ModelSettings):
     """Which columns, at which temperature."""
 
     needs: tuple[Need, ...]
     """Columns to write. A recipe that needs none has nothing to score."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits: that of the sampling makes log-probabilities of the distribution that was sampled from."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +71,7 @@ class Settings(StageSettings):
         return {
             "needs": tuple(name for name in MODEL_OF if name in needs),
             "temperature": experiment.recipe.temperature,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens,
+            **cls.computing(experiment),
         }  # fmt: skip
 
 
@@ -184,24 +183,27 @@ class Reading:
 
     need: Need
     model_at: Path
-    temperature: float
-    micro_batch_tokens: int
+    settings: Settings
 
     @cached_property
     def model(self) -> tuple[nn.Module, Reader]:
         """Who fills the column, and how."""
+        loaded, reader = self._loaded()
+        return shard(computing(loaded, self.settings.compute_dtype)), reader
+
+    def _loaded(self) -> tuple[nn.Module, Reader]:
         if self.need == "values":
-            critic = shard(checkpoint.load_critic(self.model_at, "float32"))
+            critic = checkpoint.load_critic(self.model_at, "float32")
             return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
         if self.need == "reward_scores":
-            return shard(checkpoint.load_reward_model(self.model_at, "float32")), response_scores
-        reader = partial(response_logprobs, temperature=self.temperature)
-        policy = shard(checkpoint.load_policy(self.model_at, "float32"))
+            return checkpoint.load_reward_model(self.model_at, "float32"), response_scores
+        reader = partial(response_logprobs, temperature=self.settings.temperature)
+        policy = checkpoint.load_policy(self.model_at, "float32")
         return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
 
     def __call__(self, part: pa.Table) -> pa.Array:
         """The column of a part."""
-        return read(*self.model, part, self.micro_batch_tokens)
+        return read(*self.model, part, self.settings.micro_batch_tokens)
 
     def rest(self) -> None:
         """Drop the model."""
@@ -225,7 +227,7 @@ def score(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         facts = checkpoint.inspect(given.path, KIND_OF.get(need, "policy"))
         refuse_another_tokenizer(inputs.rollouts, given, MODEL_OF[need].replace("_", " "))
         refuse_foreign(parts, facts.vocab_size, given)
-        reading = Reading(need, given.path, settings.temperature, settings.micro_batch_tokens)
+        reading = Reading(need, given.path, settings)
         texts = (part.select(["prompt_tokens", "response_tokens"]) for part in parts)
         for filled, pieces in zip(columns, spread(reading, texts, cut, [given.path]), strict=True):
             filled[need] = pa.concat_arrays(pieces)

@@ -14,8 +14,9 @@ from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.distributed import shard
 from pipeline.models.fresh import ModelSpec, create
+from pipeline.models.precision import computing
 from pipeline.seeds import derive
-from pipeline.stage import StageSettings, stage
+from pipeline.stage import TrainingSettings, stage
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.batches import Rows
@@ -25,7 +26,7 @@ from pipeline.training.optimizer import adamw, cosine
 from pipeline.training.progress import Progress
 
 
-class Settings(StageSettings):
+class Settings(TrainingSettings):
     """How to imitate."""
 
     new: ModelSpec | None = None
@@ -40,20 +41,10 @@ class Settings(StageSettings):
     """Share of the steps over which the rate rises linearly."""
     final_share: float = Field(0.1, ge=0, le=1)
     """Cosine decay ends at this share of the peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, of all matrices."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Longest gradient; a longer one is scaled down to it."""
     documents_share: float = Field(0.0, ge=0, lt=1)
     """Share of an epoch's examples that are windows of documents; 0.1 in InstructGPT (arXiv:2203.02155, app. C.3)."""
     tokens: int = Field(1024, ge=1)
     """Longer demonstrations are left out and counted, never cut; longer documents are cut into windows."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once."""
-    save_every: int = Field(100, ge=0)
-    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
-    seed: int = 0
-    """Of the run: a new model's weights and the order of the rows follow from it."""
 
     @model_validator(mode="after")
     def _long_enough(self) -> Self:
@@ -67,10 +58,8 @@ class Settings(StageSettings):
         sft, models, scale = experiment.sft, experiment.models, experiment.scale
         return {
             **sft.model_dump(exclude={"enabled"}), "new": models.new if models.policy is None else None,
-            "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
             "tokens": sft.tokens or scale.prompt_tokens + scale.response_tokens,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens,
-            "save_every": experiment.resources.save_every,
+            **cls.training(experiment),
         }  # fmt: skip
 
 
@@ -173,7 +162,7 @@ def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Ou
         raise ExperimentError(
             "no model to train", do="name one with --policy PATH, or describe it with --set new={...}"
         )
-    return shard(model), Chat(place)
+    return shard(computing(model, settings.compute_dtype, settings.recompute)), Chat(place)
 
 
 if __name__ == "__main__":

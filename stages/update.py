@@ -24,8 +24,9 @@ from pipeline.metrics import Metrics
 from pipeline.models import checkpoint
 from pipeline.models.distributed import everybody, shard
 from pipeline.models.forward import response_logprobs
+from pipeline.models.precision import computing
 from pipeline.seeds import derive
-from pipeline.stage import StageSettings, stage
+from pipeline.stage import TrainingSettings, stage
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.averaging import Average
@@ -37,7 +38,7 @@ from pipeline.training.policies import divergence, mismatch
 from pipeline.training.progress import Progress
 
 
-class Settings(StageSettings):
+class Settings(TrainingSettings):
     """The recipe's loss and how to step it."""
 
     loss: tuple[LossLine, ...] = Field(min_length=1)
@@ -54,27 +55,16 @@ class Settings(StageSettings):
     """After the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up over the whole run; constant after that."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, of all matrices."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Longest gradient; a longer one is scaled down to it."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once."""
-    save_every: int = Field(100, ge=0)
-    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
-    seed: int = 0
-    """Of the run: the order of the rows follows from it."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """`recipe.loss`, `recipe.update`, `recipe.mix`; rates and lengths from `scale`."""
         recipe, scale = experiment.recipe, experiment.scale
-        named = ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
+        named = ("learning_rate", "warmup_steps", "weight_decay")
         return {
             "loss": recipe.loss, "update": recipe.update, "temperature": recipe.temperature, "mix": recipe.mix,
             "document_tokens": scale.prompt_tokens + scale.response_tokens,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens, "seed": experiment.seed,
-            "save_every": experiment.resources.save_every,
+            **cls.training(experiment),
             **{name: getattr(scale, name) for name in named},
         }  # fmt: skip
 
@@ -280,7 +270,8 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
             "raise scale.groups, or lower update.minibatches in recipe_changes",
         )
     checkpoint.inspect(inputs.policy.path)
-    model = shard(checkpoint.load_policy(inputs.policy.path, "float32"))
+    model = checkpoint.load_policy(inputs.policy.path, "float32")
+    model = shard(computing(model, settings.compute_dtype, settings.recompute))
     tokenizer = Chat(inputs.policy.path).tokenizer
     terms = [Term.of(line) for line in settings.loss]
     plan = settings.update

@@ -22,8 +22,9 @@ from pipeline.experiment import Experiment
 from pipeline.models import checkpoint
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_values
+from pipeline.models.precision import computing
 from pipeline.seeds import derive
-from pipeline.stage import StageSettings, stage
+from pipeline.stage import TrainingSettings, stage
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.batches import Rows
@@ -37,7 +38,7 @@ PRETRAINING_LOSS = Line(kind="value_squared")
 SQUARED = "reward^2"
 
 
-class Settings(StageSettings):
+class Settings(TrainingSettings):
     """How to learn from returns."""
 
     loss: Line
@@ -62,16 +63,6 @@ class Settings(StageSettings):
     """After the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up over the whole run, pretraining included; constant after that."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's, of all matrices."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Longest gradient; a longer one is scaled down to it."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Padded tokens that fit into memory at once."""
-    save_every: int = Field(100, ge=0)
-    """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
-    seed: int = 0
-    """Of the run: a new head, the order of the rows and what is held out follow from it."""
 
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,9 +81,8 @@ class Settings(StageSettings):
         return {
             "loss": recipe.critic.loss, "epochs": recipe.update.epochs, "minibatches": recipe.update.minibatches,
             "learning_rate": plan.learning_rate or scale.learning_rate, "warmup_steps": plan.warmup_steps,
-            "weight_decay": plan.weight_decay, "gradient_clip": scale.gradient_clip, "seed": experiment.seed,
-            "micro_batch_tokens": experiment.resources.micro_batch_tokens,
-            "save_every": experiment.resources.save_every,
+            "weight_decay": plan.weight_decay, 
+            **cls.training(experiment),
             **(pretraining if changes.get("steps") is not None else {}),
         }  # fmt: skip
 
@@ -309,7 +299,8 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     start, kind = _start(inputs)
     objective = _objective(inputs.advantages, settings)
     checkpoint.inspect(start, kind)
-    model = shard(checkpoint.fresh_critic(start, derive(settings.seed, "value head")))
+    model = checkpoint.fresh_critic(start, derive(settings.seed, "value head"))
+    model = shard(computing(model, settings.compute_dtype, settings.recompute))
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     taken = load_state(optimizer, start) if kind == "critic" else 0
     if objective is not None:

@@ -18,6 +18,7 @@ from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models.checkpoint import reward_bias
 from pipeline.models.chunked import token_logprobs
 from pipeline.models.distributed import called
+from pipeline.models.precision import arithmetic
 
 # Logits that are not hidden state times head; these families would silently get wrong log-probabilities.
 LOGITS_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -256,7 +257,9 @@ def _hidden(
     """The last hidden states, of the model without its head; `mask` as transformers takes it."""
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-    return called(model, _states, input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+    with arithmetic(model):
+        states = called(model, _states, input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+    return states.float()
 
 
 def _states(model: Any, **given: Any) -> Float[Tensor, "B L H"]:

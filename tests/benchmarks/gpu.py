@@ -74,7 +74,7 @@ def changes(asked: argparse.Namespace) -> list[str]:
         f"models.new.layers={asked.layers}", f"models.new.width={asked.width}", f"models.new.heads={asked.width // 64}",
         f"models.new.kv_heads={max(1, asked.width // 128)}", "models.new.ffn=3", f"scale.iterations={asked.iterations}",
         f"scale.responses={asked.responses}", "scale.learning_rate=5e-5", "sft.learning_rate=5e-4",
-        "resources.dtype=bfloat16", "resources.training_dtype=bfloat16", "resources.micro_batch_tokens=65536",
+        "resources.dtype=bfloat16", "resources.compute_dtype=bfloat16", "resources.micro_batch_tokens=65536",
     ]  # fmt: skip
 
 

@@ -154,10 +154,17 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
     def regression(**changes):
         return ValueSettings.of(None, {"loss": {"kind": "value_squared"}, **small, **changes})
 
-    def improvement(minibatches):
+    def improvement(minibatches, recompute=False):
         plan = recipe.update.model_copy(update={"minibatches": minibatches, "epochs": 1, "ema": 0.9})
         return UpdateSettings.of(
-            None, {"loss": recipe.loss, "update": plan, "mix": {"per_response": 0.5, "coef": 0.3}, **small}
+            None,
+            {
+                "loss": recipe.loss,
+                "update": plan,
+                "mix": {"per_response": 0.5, "coef": 0.3},
+                "recompute": recompute,
+                **small,
+            },
         )
 
     critic = {"advantages": responses.path, "policy": policy.path}
@@ -171,14 +178,15 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
             {"rankings": rankings.path, "policy": policy.path, "demonstrations": demonstrations.path},
         ),
         "pretraining": (value, regression(steps=7, batch=5, check_every=3), critic),
-        "value": (value, regression(epochs=2, minibatches=3), critic),
+        "value": (value, regression(epochs=2, minibatches=3, recompute=True), critic),
         "score": (
             score, ScoreSettings.of(None, {"needs": ["old_logprobs", "ref_logprobs"], "micro_batch_tokens": 64}),
             {"rollouts": [rollouts.path], "policy": policy.path, "reference": other_policy},
         ),
         "one step": (update, improvement(1), {**critic, "documents": documents.path}),
         "three steps": (
-            update, improvement(3), {"advantages": old.path, "policy": policy.path, "documents": documents.path},
+            update, improvement(3, recompute=True),
+            {"advantages": old.path, "policy": policy.path, "documents": documents.path},
         ),
     }  # fmt: skip
 

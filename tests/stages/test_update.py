@@ -589,3 +589,26 @@ def test_what_gates_look_at_is_left_in_the_stats(table, policy, by_hand, tmp_pat
     )
     assert {"entropy/mean", "grad/norm"} <= bare.stats.keys()
     assert not {"ratio/max", "kl/old"} & bare.stats.keys()
+
+
+def test_half_precision_trains_float32_weights_to_another_policy_nearby(table, policy, room, sound):
+    plain = update.run(room / "float32", settings(), advantages=table.path, policy=policy.path)
+    half = update.run(
+        room / "bfloat16", settings(compute_dtype="bfloat16", recompute=True), advantages=table.path, policy=policy.path
+    )
+    sound(half)
+    assert half.manifest.digest != plain.manifest.digest
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(half.path, dtype="auto").parameters()} == {
+        torch.float32
+    }
+    before = weights_of(policy.path)
+    moved, of_plain = weights_of(half.path) - before, weights_of(plain.path) - before
+    assert torch.nn.functional.cosine_similarity(moved, of_plain, 0) > 0.9
+
+
+def test_recomputing_makes_the_same_policy(table, policy, room):
+    made = [
+        update.run(room / f"recompute-{how}", settings(recompute=how), advantages=table.path, policy=policy.path)
+        for how in (False, True)
+    ]
+    assert made[0].manifest.digest == made[1].manifest.digest
