@@ -12,7 +12,7 @@ from flows.sheets import Sheet
 from pipeline.algorithms.bind import bind
 from pipeline.artifacts import Artifact
 from pipeline.errors import ArtifactError, ExperimentError
-from pipeline.estimate import DEVICES, Device, Shape, Step, Work, iteration
+from pipeline.estimate import DEVICES, Device, Shape, Step, Training, Work, iteration
 from pipeline.experiment import Experiment
 from pipeline.storage import MANIFEST
 
@@ -54,7 +54,9 @@ def plan(experiment: Experiment, folder: Path, device: str, count: int, length: 
     )  # fmt: skip
     shape = _shape(experiment)
     dtype = 4 if experiment.resources.dtype == "float32" else 2
-    steps = iteration(shape, work, DEVICES[device], count, experiment.resources.micro_batch_tokens, dtype)
+    resources = experiment.resources
+    training = Training(resources.micro_batch_tokens, resources.compute_dtype == "bfloat16", resources.recompute)
+    steps = iteration(shape, work, DEVICES[device], count, training, dtype)
     return Plan(shape, work, device, DEVICES[device], count, steps, _measured(folder))
 
 
@@ -140,7 +142,10 @@ def breaks(made: Plan, moving: float) -> str:
     if made.steps["update"].memory > room:
         activations = made.steps["update"].memory - trained / made.count
         if activations > room / 2:
-            return f"activations of a micro-batch: {amount(activations)}; lower resources.micro_batch_tokens"
+            return (
+                f"activations of a micro-batch: {amount(activations)}; lower resources.micro_batch_tokens, or set "
+                "resources.recompute"
+            )
         return f"memory of the update: give it {-(-trained // (room - activations)):.0f} devices (launcher torchrun)"
     if sampler > room:
         return f"memory of the sampler: {amount(sampler)}; bfloat16, or tensor parallel on {-(-sampler // room):.0f}"

@@ -26,6 +26,8 @@ DECODED_AT = 0.6
 ACTIVATIONS = 34
 """Bytes per token, layer and unit of width that a backward pass keeps in half precision (arXiv:2205.05198, eq. 1,
 without the square of the sequence, which no attention here writes down); twice in float32."""
+RECOMPUTED = FLOAT
+"""Bytes per token, layer and unit of width that stay where activations are recomputed: each layer's input."""
 SEQUENCES = 256
 """Responses that one engine decodes at once, at most."""
 FILLED = 0.9
@@ -40,6 +42,8 @@ class Device:
     """[byte]"""
     flops: float
     """[1/s], in bfloat16."""
+    flops32: float
+    """[1/s], in float32."""
     bandwidth: float
     """Of its memory. [byte/s]"""
     step: float
@@ -49,10 +53,10 @@ class Device:
 
 
 DEVICES: Mapping[str, Device] = {
-    "a100": Device(80e9, 312e12, 2.0e12, 0.01),
-    "h100": Device(80e9, 989e12, 3.35e12, 0.01),
-    "h200": Device(141e9, 989e12, 4.8e12, 0.01),
-    "core": Device(8e9, 5e10, 1e10, 0.02, 5e8),
+    "a100": Device(80e9, 312e12, 19.5e12, 2.0e12, 0.01),
+    "h100": Device(80e9, 989e12, 67e12, 3.35e12, 0.01),
+    "h200": Device(141e9, 989e12, 67e12, 4.8e12, 0.01),
+    "core": Device(8e9, 5e10, 5e10, 1e10, 0.02, 5e8),
 }
 
 
@@ -123,6 +127,24 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How models are trained and read with."""
+
+    micro_batch: int
+    """Tokens at once."""
+    half: bool = False
+    """Layers compute in bfloat16."""
+    recompute: bool = False
+    """Activations are made again for the backward pass."""
+
+    def activations(self, shape: Shape) -> float:
+        """Bytes that a backward pass over a micro-batch keeps: of all layers, or of one and the inputs of all."""
+        layer = ACTIVATIONS * (1 if self.half else 2)
+        kept = layer + RECOMPUTED * shape.layers if self.recompute else layer * shape.layers
+        return float(kept * self.micro_batch * shape.width)
+
+
+@dataclass(frozen=True)
 class Step:
     """What a stage takes in an iteration."""
 
@@ -139,12 +161,12 @@ def checkpoint(shape: Shape) -> float:
     return 3.0 * FLOAT * shape.parameters
 
 
-def iteration(shape: Shape, work: Work, device: Device, count: int, micro_batch: int, dtype: int) -> dict[str, Step]:
+def iteration(shape: Shape, work: Work, device: Device, count: int, training: Training, dtype: int) -> dict[str, Step]:
     """Stage -> what it takes with `count` devices; `dtype` is the sampler's bytes per weight.
 
     rollout    steps x (weights + keys and values) / bandwidth, in waves of as many responses as fit into memory
     score      2 P (Q + N) operations per column
-    update     6 P (Q + N) operations per epoch; a critic as much again
+    update     6 P (Q + N) operations per epoch, 8 P with activations recomputed; a critic as much again
     """
     weights, kept = shape.parameters * FLOAT, TABLE + ROW * work.responses
     engines = max(1, min(count, work.responses))
@@ -155,11 +177,11 @@ def iteration(shape: Shape, work: Work, device: Device, count: int, micro_batch:
     held = at_once * (work.prompt_tokens + work.response_tokens / 2) * shape.cache
     one = max(device.step, (shape.parameters * dtype + held) / (device.bandwidth * DECODED_AT))
     decode = waves * work.response_tokens * one
-    speed = count * device.flops * TRAINED_AT
-    activations = 2 * ACTIVATIONS * micro_batch * shape.layers * shape.width
-    trained = 4 * weights / count + activations
+    speed = count * (device.flops if training.half else device.flops32) * TRAINED_AT
+    trained = 4 * weights / count + training.activations(shape)
     token_row = kept + work.responses * work.prompt_tokens * INT
-    forward, update = 2 * shape.parameters * work.read / speed, 6 * shape.parameters * work.read * work.epochs / speed
+    forward = 2 * shape.parameters * work.read / speed
+    update = (4 if training.recompute else 3) * forward * work.epochs
     saved = checkpoint(shape) / device.storage
     steps = {
         "rollout": Step(

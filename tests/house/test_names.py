@@ -16,6 +16,7 @@ from pipeline.algorithms.recipe import Recipe
 from pipeline.algorithms.shelf import FROM_MODELS, OFFERED, Line, Shelf
 from pipeline.algorithms.weights import WEIGHTS
 from pipeline.contracts import ROLLOUTS, SCORES
+from pipeline.grading.mixed import Means
 from pipeline.models.checkpoint import fresh_critic, save
 from pipeline.models.fresh import ModelSpec, create
 from stages import advantage, label, score, update
@@ -120,6 +121,7 @@ def test_label_hands_over_every_column_on_offer():
         piece_that_reads("label", lambda verdicts: Labels(verdicts.astype(np.float32), verdicts)),
         [piece_that_reads("filter", lambda rewards: Kept(rewards > 0, "by hand"))],
         label.Settings(label=Line(kind="everything")),
+        Means(1.0, 1),
         np.zeros(2, np.float32),
     )
     assert made.labels.rewards.tolist() == [1, 0]
