@@ -388,8 +388,8 @@ def test_what_was_finished_before_the_engine_failed_is_kept(five, scripted, samp
         assert [json.loads(line.partition(" ")[2])[0] for line in lines] == ids[:3]
 
 
-LONG = {"engine": "vllm", "count": 400, "shard": 160}
-"""Sampling that takes vLLM some seconds: groups arrive over time, in three parts."""
+LONG = {"engine": "vllm", "count": 1000, "shard": 400}
+"""Sampling that takes vLLM some seconds: groups arrive over time, in three parts, each more than is in flight at once."""
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +413,7 @@ def test_a_vllm_that_was_killed_goes_on_where_it_was(sampled_by_vllm, prompts, p
     assert process.returncode == -signal.SIGKILL
     scratch = scratch_of(tmp_path / "out")
     assert [path.name for path in scratch.glob("*.parquet")] == ["part-00000.parquet"]
-    assert 20 <= (scratch / "working" / "groups-00001.jsonl").read_bytes().count(b"\n") < 160
+    assert 20 <= (scratch / "working" / "groups-00001.jsonl").read_bytes().count(b"\n") < 400
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     assert Artifact.open(tmp_path / "out").manifest.digest == sampled_by_vllm
 
@@ -439,7 +439,7 @@ FAILING = """
             kept = sum(path.read_bytes().count(b"\\n") for path in scratch.glob("working/groups-*"))
             kept += len(list(scratch.glob("*.parquet")))
             errors += 1
-            timeout *= 1.6
+            timeout *= 1.4
             print(errors, kept, flush=True)
 """
 
