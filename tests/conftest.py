@@ -10,6 +10,10 @@ from playwright.sync_api import sync_playwright
 # Prefect reads it when it is imported. At exit it would log into a stream that pytest has closed.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
+# Processes that test side by side (`pytest -n`) share the cores; whatever they start shares them as well.
+if beside := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(beside))))
+
 settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=500)
 settings.load_profile("dev")
