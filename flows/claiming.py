@@ -6,13 +6,20 @@ same resolved experiment, is not run again. All arms of a seed share what lies b
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import polars as pl
 
 from flows.claims import CLAIMS, SCHEMA, Claim
+from pipeline import lifeline
 from pipeline.artifacts import flush
 from pipeline.catalog import catalog
 from pipeline.errors import ExperimentError
@@ -49,9 +56,12 @@ def stored(claim: Claim, numbers: pl.DataFrame) -> set[tuple[str, int]]:
     return {(arm, seed) for arm, seed, of in found if arm in claim.arms and digest(prepared(claim, arm, seed)[2]) == of}
 
 
-def run(claim: Claim, seeds: int, root: Path, say: Callable[[str], None]) -> None:
-    """Run what is not stored, seed by seed, and store each run's numbers as soon as it is done."""
-    from flows.execute import check, run_experiment
+def run(claim: Claim, seeds: int, root: Path, jobs: int, say: Callable[[str], None]) -> None:
+    """Run what is not stored, seed by seed and `jobs` arms at a time; store each run's numbers as soon as it is done.
+
+    Each job is a process with its share of the cores. Where a run fails no other is begun, and its error is raised.
+    """
+    from flows.execute import check
 
     wanted = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
     for arm, seed in wanted:
@@ -60,11 +70,41 @@ def run(claim: Claim, seeds: int, root: Path, say: Callable[[str], None]) -> Non
     for arm, seed in wanted:
         if (arm, seed) in there:
             say(f"{claim.name}: {arm}, seed {seed}: stored")
-            continue
-        path, changes, experiment = prepared(claim, arm, seed)
-        say(f"{claim.name}: {arm}, seed {seed}: {claim.arms[arm].doc}")
-        run_experiment(str(path), claim.arms[arm].recipe, experiment.name, changes, str(root))
-        store(claim, arm, seed, measured(root / experiment.name, experiment))
+    missing = [one for one in wanted if one not in there]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    own = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, max(1, len(missing))), own, _end_with_parent) as pool:
+        running = {pool.submit(_run_arm, claim, arm, seed, root): (arm, seed) for arm, seed in missing}
+        try:
+            for done in as_completed(running):
+                arm, seed = running[done]
+                store(claim, arm, seed, done.result())
+                say(f"{claim.name}: {arm}, seed {seed}: {claim.arms[arm].doc}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_arm(claim: Claim, arm: str, seed: int, root: Path) -> pl.DataFrame:
+    """Run an arm in a process of a pool, and return its numbers."""
+    from flows.execute import run_experiment
+
+    path, changes, experiment = prepared(claim, arm, seed)
+    run_experiment(str(path), claim.arms[arm].recipe, experiment.name, changes, str(root))
+    return measured(root / experiment.name, experiment)
+
+
+def _end_with_parent() -> None:
+    """In a process of a pool: end when the one that started it does, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101  # for the type checker
+    threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    wait([parent])
+    lifeline.end_what_was_started()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def measured(folder: Path, experiment: Experiment) -> pl.DataFrame:

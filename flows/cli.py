@@ -366,6 +366,7 @@ def run_claim(
     name: Annotated[str, typer.Argument(help="One of `rlhf claims`.")],
     seeds: Annotated[int, typer.Option(help="Seeds 0 to one less than this.", min=1)] = 5,
     root: Root = Path("runs/claims"),
+    jobs: Annotated[int, typer.Option(help="Arms at a time, each with its share of the cores.", min=1)] = 1,
 ) -> None:
     """Run the arms of a claim that are not stored yet; run it again to resume."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -373,7 +374,7 @@ def run_claim(
     from flows.claims import Claim
     from pipeline.metrics import console
 
-    claiming.run(Claim.load(name, context.obj), seeds, root, console.line)
+    claiming.run(Claim.load(name, context.obj), seeds, root, jobs, console.line)
 
 
 @claims_app.command("page")

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pipeline.algorithms.recipe import Recipe
 from pipeline.errors import ExperimentError
 from pipeline.inspecting.names import Names
+from pipeline.models.lora import Lora
 from pipeline.settings import Settings, explain, override, plain_name, read_toml, without_none
 
 PlainName = Annotated[str, AfterValidator(plain_name)]
@@ -98,6 +99,8 @@ class Sft(Settings):
     """Share of the examples that are documents rather than demonstrations."""
     tokens: int | None = Field(None, ge=1)
     """Longest demonstration, prompt included; what the loop's prompts and responses may have together when absent."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
 
 
 class Feedback(Settings):
@@ -150,6 +153,8 @@ class Reward(Settings):
     end, and the last weights are kept."""
     patience: int = Field(3, ge=1)
     """Looks in a row without a better accuracy after which the training ends."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
 
 
 class Critic(Settings):
@@ -169,6 +174,8 @@ class Critic(Settings):
     """Optimizer steps between two looks at held-out prompts, which end the pretraining when nothing is gained."""
     pretrain_patience: int = Field(3, ge=1)
     """Looks in a row without a gain after which the pretraining ends."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
 
 
 class Scale(Settings):
@@ -190,6 +197,8 @@ class Scale(Settings):
     """AdamW's, on matrices."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest norm of a step's gradient."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
 
 
 class Evaluation(Settings):
@@ -388,6 +397,10 @@ class Experiment(Settings):
             raise ValueError("sft.enabled = false needs models.policy: there is nothing to start from")
         if self.sft.enabled and self.data.demonstrations is None:
             raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
+        if self.sft.lora is not None and self.models.policy is None:
+            raise ValueError("sft.lora: a new model has no weights to adapt; name a models.policy")
+        if self.scale.lora is not None and self.recipe.update.ema is not None:
+            raise ValueError("scale.lora: update.ema averages whole weights; take one of the two out")
         responses, steps = self.scale.groups * self.recipe.rollout.group_size, self.recipe.update.minibatches
         if responses < steps:
             raise ValueError(f"{responses} responses per iteration cannot be dealt to {steps} minibatches")

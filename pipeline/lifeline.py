@@ -20,7 +20,12 @@ def hold() -> None:
 
 def _end_with_launcher(pipe: int) -> None:
     os.read(pipe, 1)  # returns when the other end closes
+    end_what_was_started()
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_what_was_started() -> None:
+    """Kill all processes that this one and its children have started."""
     for started in psutil.Process().children(recursive=True):  # some are in sessions of their own
         with suppress(psutil.NoSuchProcess):
             started.kill()
-    os.killpg(0, signal.SIGKILL)

@@ -43,6 +43,7 @@ from pipeline.errors import ArtifactError, BusyError, ExperimentError, InputErro
 from pipeline.experiment import Experiment
 from pipeline.locks import PAUSE
 from pipeline.metrics import console
+from pipeline.models.lora import Lora
 from pipeline.ranks import count, rank
 from pipeline.settings import Settings, explain, flat, override
 
@@ -105,6 +106,8 @@ class TrainingSettings(ModelSettings):
     """Longest gradient; a longer one is scaled down to it."""
     recompute: bool = False
     """Keep the layers' inputs alone for the backward pass: less memory, a third more work, the same gradients."""
+    lora: Lora | None = None
+    """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
     save_every: int = Field(100, ge=0)
     """Optimizer steps between two savings, from which the training goes on after a crash; 0: none."""
     seed: int = 0

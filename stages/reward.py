@@ -18,7 +18,7 @@ from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import DEMONSTRATIONS, POLICY, RANKINGS, REWARD_MODEL
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
-from pipeline.models import checkpoint
+from pipeline.models import adapters, checkpoint
 from pipeline.models.distributed import shard
 from pipeline.models.precision import computing
 from pipeline.seeds import derive
@@ -165,6 +165,7 @@ def _model(inputs: Inputs, settings: Settings) -> tuple[Any, Chat, int]:
             f"a reward model starts from a policy or from a reward model, and {found} given",
             do="name one of them, with --policy PATH or --reward-model PATH",
         )
+    model = adapters.attached(model, settings.lora, derive(settings.seed, "adapters"))
     model = computing(model, settings.compute_dtype, settings.recompute)
     return shard(model), Chat(place), facts.max_position
 

@@ -11,7 +11,7 @@ from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import DEMONSTRATIONS, DOCUMENTS, POLICY
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
-from pipeline.models import checkpoint
+from pipeline.models import adapters, checkpoint
 from pipeline.models.distributed import shard
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.models.precision import computing
@@ -162,6 +162,7 @@ def _model(inputs: Inputs, settings: Settings, conversations: list[Any], out: Ou
         raise ExperimentError(
             "no model to train", do="name one with --policy PATH, or describe it with --set new={...}"
         )
+    model = adapters.attached(model, settings.lora, derive(settings.seed, "adapters"))
     return shard(computing(model, settings.compute_dtype, settings.recompute)), Chat(place)
 
 

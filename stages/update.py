@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline import ragged
@@ -21,7 +21,7 @@ from pipeline.contracts import ADVANTAGES, DOCUMENTS, POLICY
 from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.metrics import Metrics
-from pipeline.models import checkpoint
+from pipeline.models import adapters, checkpoint
 from pipeline.models.distributed import everybody, shard
 from pipeline.models.forward import response_logprobs
 from pipeline.models.precision import computing
@@ -33,7 +33,7 @@ from pipeline.training.averaging import Average
 from pipeline.training.batches import Rows
 from pipeline.training.imitation import Example, Imitation, windows
 from pipeline.training.loop import Losses, Objective, Plan, fit
-from pipeline.training.optimizer import adamw, constant, load_state, save_state
+from pipeline.training.optimizer import TRAINER, adamw, constant, load_state, save_state
 from pipeline.training.policies import divergence, mismatch
 from pipeline.training.progress import Progress
 
@@ -56,11 +56,17 @@ class Settings(TrainingSettings):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up over the whole run; constant after that."""
 
+    @model_validator(mode="after")
+    def _averages_whole_weights(self) -> Self:
+        if self.lora is not None and self.update.ema is not None:
+            raise ValueError("lora: update.ema averages whole weights; take one of the two out")
+        return self
+
     @classmethod
     def slice(cls, experiment: Experiment, changes: Mapping[str, Any]) -> dict[str, Any]:
         """`recipe.loss`, `recipe.update`, `recipe.mix`; rates and lengths from `scale`."""
         recipe, scale = experiment.recipe, experiment.scale
-        named = ("learning_rate", "warmup_steps", "weight_decay")
+        named = ("learning_rate", "warmup_steps", "weight_decay", "lora")
         return {
             "loss": recipe.loss, "update": recipe.update, "temperature": recipe.temperature, "mix": recipe.mix,
             "document_tokens": scale.prompt_tokens + scale.response_tokens,
@@ -271,6 +277,7 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         )
     checkpoint.inspect(inputs.policy.path)
     model = checkpoint.load_policy(inputs.policy.path, "float32")
+    model = adapters.attached(model, settings.lora, derive(settings.seed, "adapters"), inputs.policy.path / TRAINER)
     model = shard(computing(model, settings.compute_dtype, settings.recompute))
     tokenizer = Chat(inputs.policy.path).tokenizer
     terms = [Term.of(line) for line in settings.loss]
@@ -291,6 +298,7 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     out.stats |= {"steps": taken, **told(out.metrics), **_distances(table, improvement, out)}
     checkpoint.save(model, tokenizer, out.path)
     save_state(optimizer, taken, out.path)
+    adapters.save(model, out.path / TRAINER)
     if average is not None:
         average.save(tokenizer, out.path)
 

@@ -19,7 +19,7 @@ from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import ADVANTAGES, CRITIC, POLICY, REWARD_MODEL
 from pipeline.errors import ContractError, ExperimentError, InputError, RecipeError
 from pipeline.experiment import Experiment
-from pipeline.models import checkpoint
+from pipeline.models import adapters, checkpoint
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_values
 from pipeline.models.precision import computing
@@ -30,7 +30,7 @@ from pipeline.training import batches
 from pipeline.training.batches import Rows
 from pipeline.training.explained import Convergence, Explained
 from pipeline.training.loop import Losses, Plan, fit
-from pipeline.training.optimizer import adamw, constant, load_state, save_state
+from pipeline.training.optimizer import TRAINER, adamw, constant, load_state, save_state
 from pipeline.training.progress import Progress, State
 
 PRETRAINING_LOSS = Line(kind="value_squared")
@@ -81,7 +81,7 @@ class Settings(TrainingSettings):
         return {
             "loss": recipe.critic.loss, "epochs": recipe.update.epochs, "minibatches": recipe.update.minibatches,
             "learning_rate": plan.learning_rate or scale.learning_rate, "warmup_steps": plan.warmup_steps,
-            "weight_decay": plan.weight_decay, 
+            "weight_decay": plan.weight_decay, "lora": plan.lora, 
             **cls.training(experiment),
             **(pretraining if changes.get("steps") is not None else {}),
         }  # fmt: skip
@@ -300,6 +300,8 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     objective = _objective(inputs.advantages, settings)
     checkpoint.inspect(start, kind)
     model = checkpoint.fresh_critic(start, derive(settings.seed, "value head"))
+    before = start / TRAINER if kind == "critic" else None
+    model = adapters.attached(model, settings.lora, derive(settings.seed, "adapters"), before)
     model = shard(computing(model, settings.compute_dtype, settings.recompute))
     optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
     taken = load_state(optimizer, start) if kind == "critic" else 0
@@ -319,6 +321,7 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     out.stats["steps"] = taken
     checkpoint.save(model, Chat(start).tokenizer, out.path)
     save_state(optimizer, taken, out.path)
+    adapters.save(model, out.path / TRAINER)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from pipeline.artifacts import FileIdentity, identity
 from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.models import adapters
 from pipeline.models.distributed import gathered, released
 from pipeline.ranks import count, rank
 
@@ -231,9 +232,11 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
             pad = _padding(model.config, tokenizer, ends)
             model.config.pad_token_id = pad
             tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
-        weights = gathered(_own_tensors(model)) if count() > 1 else None
+        weights = gathered(_own_tensors(model)) if count() > 1 or adapters.adapts(model) else None
         if rank():
             return
+        if weights is not None:
+            weights = adapters.merged(model, weights)
         with _no_progress_bar():
             model.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)

@@ -53,7 +53,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters and buffers of a module; what is tied, once."""
+    """What of a module a training may change: parameters that it trains, and buffers; what is tied, once."""
 
     module: nn.Module
 
@@ -61,12 +61,12 @@ class Weights:
         """By the module's names."""
         released(self.module)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # some share their memory
-        return State({**dict(self.module.named_parameters()), **buffers}, {})
+        return State({**self._trained(), **buffers}, {})
 
     def resume(self, state: State) -> None:
         """Copy them back."""
         released(self.module)
-        mine = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        mine = {**self._trained(), **dict(self.module.named_buffers())}
         if unpaired := sorted(mine.keys() ^ state.tensors.keys()):
             raise ValueError(f"only one of model and file has {', '.join(unpaired[:5])}")
         with torch.no_grad():
@@ -76,6 +76,9 @@ class Weights:
                 except ValueError as error:
                     raise ValueError(f"{name} {error}") from error
                 own(value).copy_(own(found))
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: weights for name, weights in self.module.named_parameters() if weights.requires_grad}
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def folder(tmp_path, desk):
 
 def test_a_claim_is_run_stored_resumed_and_told(folder, tmp_path, capsys, monkeypatch):
     one, said = Claim.load("more", folder), []
-    claiming.run(one, 1, tmp_path / "runs", said.append)
+    claiming.run(one, 1, tmp_path / "runs", 2, said.append)
     stored = one.numbers()
     assert stored.columns == list(SCHEMA)
     assert set(stored["arm"].unique()) == {"one", "two"} and stored["seed"].unique().to_list() == [0]
@@ -257,8 +257,8 @@ def test_a_claim_is_run_stored_resumed_and_told(folder, tmp_path, capsys, monkey
     assert stored.filter(pl.col("phase") == "evaluation", pl.col("name") == "accuracy/mean").height == 4
     assert one.values(stored)["one.rows"][0] > 0.5
 
-    monkeypatch.setattr("flows.execute.run_experiment", None)  # nothing is run again
-    claiming.run(one, 1, tmp_path / "runs", said.append)
+    monkeypatch.setattr(claiming, "_run_arm", None)  # nothing is run again
+    claiming.run(one, 1, tmp_path / "runs", 1, said.append)
     assert said[-2:] == ["more: one, seed 0: stored", "more: two, seed 0: stored"]
     assert claiming.stored(one, stored) == {("one", 0), ("two", 0)}
 

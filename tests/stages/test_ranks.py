@@ -34,6 +34,7 @@ from stages.update import update
 from stages.value import Settings as ValueSettings
 from stages.value import value
 
+TRAINED = ["sft", "reward", "pretraining", "value", "one step", "three steps", "adapters"]
 EXPERIMENT = Path(__file__).parents[2] / "flows" / "experiments" / "arithmetic.toml"
 TOLERANCE = 1e-5
 ROWS = 23
@@ -154,8 +155,8 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
     def regression(**changes):
         return ValueSettings.of(None, {"loss": {"kind": "value_squared"}, **small, **changes})
 
-    def improvement(minibatches, recompute=False):
-        plan = recipe.update.model_copy(update={"minibatches": minibatches, "epochs": 1, "ema": 0.9})
+    def improvement(minibatches, recompute=False, ema=0.9, **changes):
+        plan = recipe.update.model_copy(update={"minibatches": minibatches, "epochs": 1, "ema": ema})
         return UpdateSettings.of(
             None,
             {
@@ -164,6 +165,7 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
                 "mix": {"per_response": 0.5, "coef": 0.3},
                 "recompute": recompute,
                 **small,
+                **changes,
             },
         )
 
@@ -188,10 +190,14 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
             update, improvement(3, recompute=True),
             {"advantages": old.path, "policy": policy.path, "documents": documents.path},
         ),
+        "adapters": (
+            update, improvement(3, recompute=True, ema=None, lora={"rank": 3, "alpha": 6}),
+            {"advantages": old.path, "policy": policy.path, "documents": documents.path},
+        ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "pretraining", "value", "score", "one step", "three steps"])
+@pytest.mark.parametrize("name", [*TRAINED, "score"])
 def test_two_processes_have_the_losses_of_one(pairs, numbers, name):
     one, two = pairs[name]
     assert names(one) == names(two)
@@ -205,7 +211,7 @@ def test_two_processes_have_the_losses_of_one(pairs, numbers, name):
     assert name == "score" or len([key for key in first if key[0] == "loss/total"]) >= 1
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "pretraining", "value", "one step", "three steps"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_have_the_weights_of_one(pairs, name):
     same_weights(*pairs[name])
 

@@ -389,7 +389,7 @@ def test_what_was_finished_before_the_engine_failed_is_kept(five, scripted, samp
 
 
 LONG = {"engine": "vllm", "count": 1000, "shard": 400}
-"""Sampling that takes vLLM some seconds: groups arrive over time, in three parts, each more than is in flight at once."""
+"""Sampling that takes vLLM some seconds: groups arrive over time, in three parts of more than is in flight."""
 
 
 @pytest.fixture(scope="module")
