@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from hypothesis import settings
 from playwright.sync_api import sync_playwright
 
@@ -17,6 +18,9 @@ if beside := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 settings.register_profile("dev", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=500)
 settings.load_profile("dev")
+
+# As many in every process and file: sums that threads share are added in another order, and other tokens are drawn.
+torch.set_num_threads(1)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from flows import cli
 from flows.execute import walk
@@ -380,7 +379,6 @@ def direct(run, stage, out, settings, **paths) -> Artifact:
 
 @pytest.fixture(scope="session")
 def recipes_folder(tmp_path_factory):
-    torch.set_num_threads(2)
     return tmp_path_factory.mktemp("recipes")
 
 

@@ -89,7 +89,7 @@ def test_every_gate_has_its_settings_and_looks_at_a_known_kind():
 
 
 def test_grader_failures_stop_and_show_what_could_not_be_graded(run, tmp_path):
-    """The math grader gets no time at all: every judgement times out, really."""
+    """The math grader gets next to no time: judgements time out, really; on a busy machine one may get through."""
     sums = [{"question": f"{n}+{n + 1}", "answer": str(2 * n + 1)} for n in range(6)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sums))
     prompts = 'data.prompts={source="files", files=["sums.jsonl"], grader="math"}'
@@ -102,7 +102,8 @@ def test_grader_failures_stop_and_show_what_could_not_be_graded(run, tmp_path):
     stopped, _ = run(f"data.folder={tmp_path}", prompts, "base=graded", *few)
     with pytest.raises(GateError, match=r"gate grader_failures: .* grader/failures = ") as caught:
         walk(stopped)
-    assert "grader_seconds" in caught.value.do and len(caught.value.what.splitlines()) == 6
+    share = float(re.search(r"grader/failures = ([\d.]+)", caught.value.what)[1])
+    assert "grader_seconds" in caught.value.do and len(caught.value.what.splitlines()) == 2 + 4 * share
 
 
 def test_malformed_rows_and_a_policy_too_far_are_found(fine):

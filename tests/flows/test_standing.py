@@ -205,11 +205,12 @@ def test_an_iteration_long_ago_that_is_not_well_stands_apart():
 def test_a_folder_that_is_no_run_is_refused(tmp_path, root):
     with pytest.raises(ArtifactError, match="not a run"):
         status(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
+    empty = tmp_path / "runs" / "empty"
+    empty.mkdir(parents=True)
     with pytest.raises(ArtifactError, match="not a run"):
-        status(tmp_path / "empty")
+        status(empty)
     with pytest.raises(ArtifactError, match="no artifacts here"):
-        list(verified(tmp_path / "empty"))
+        list(verified(empty))
 
 
 @pytest.mark.parametrize(

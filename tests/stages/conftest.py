@@ -10,7 +10,6 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.artifacts import METRICS_FILE, Outbox
@@ -38,11 +37,6 @@ SAMPLING = {
     "group_size": 4, "prompt_tokens": 8, "response_tokens": 16, "first": 0, "count": 12, "shard": 5, "seed": 7,
     "engine": "transformers",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
