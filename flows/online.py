@@ -5,6 +5,7 @@ It knows stages and files, and no algorithm: a model is there or not because the
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -12,10 +13,11 @@ from flows import gates, hacking
 from flows.evaluate import evaluate
 from flows.feedback import Feedback, renewed
 from flows.foundations import Foundations, judged
-from flows.run import Run, path_of
+from flows.run import Run, look_up, path_of
 from pipeline.algorithms.recipe import KlController
 from pipeline.artifacts import Artifact
 from pipeline.experiment import Experiment
+from pipeline.launch import meanwhile
 from stages.advantage import Settings as AdvantageSettings
 from stages.advantage import advantage
 from stages.label import Settings as LabelSettings
@@ -52,6 +54,8 @@ class Now:
     """The reward model that judges now."""
     judged: tuple[hacking.Point, ...] = ()
     """What it said of the iterations that it judged, beside what was right."""
+    before: Artifact | None = None
+    """The policy that the last update began with, where sampling overlaps with it; None otherwise."""
 
     @classmethod
     def start(cls, base: Foundations) -> Self:
@@ -62,6 +66,24 @@ class Now:
     def reward_model(self) -> Artifact | None:
         """What judges responses; None where the recipe needs no reward model."""
         return None if self.feedback is None else self.feedback.model
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is sampled at once."""
+
+    number: int
+    """Of the iteration."""
+    turn: int
+    """Of the round in it, from 0."""
+    first: int
+    """Prompts taken from the stream before."""
+    since: int
+    """Those taken before the iteration."""
+    count: int
+    """Prompts."""
+    staleness: int | None
+    """Updates between the policy that samples and the one that learns; None where they never differ."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +135,19 @@ def online(run: Run, base: Foundations, now: Now, first: int, at_most: int | Non
 
 def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collected, Now]:
     """One walk of the loop. Where filters leave nothing to learn from, the models stay as they are."""
-    here, experiment = run.iteration(number), _adapted(run.experiment, now.divergence_scale)
     now = _renewed(run, base, now, number)
     made, cursor = collect(run, base, now, number)
-    after = replace(now, cursor=cursor, keep_rate=made.passed, judged=_watched(run, now, made, number))
+    before = now.policy if run.experiment.scale.overlap else None
+    after = replace(now, cursor=cursor, keep_rate=made.passed, judged=_watched(run, now, made, number), before=before)
     if made.kept == 0:
         return made, after
+    with _sampling_ahead(run, base, after, number + 1):
+        return made, _learned(run, base, after, made, number)
+
+
+def _learned(run: Run, base: Foundations, now: Now, made: Collected, number: int) -> Now:
+    """With policy and critic stepped along what was collected."""
+    here, experiment = run.iteration(number), _adapted(run.experiment, now.divergence_scale)
     rollouts, labels = ([a.path for a in made.rollouts], [a.path for a in made.labels])
     scores = None
     if needs := ScoreSettings.slice(experiment, {})["needs"]:
@@ -149,7 +178,17 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
     )
     gates.look(run, policy, made.rollouts)
     scale = _next_scale(experiment.recipe.kl_controller, now.divergence_scale, scores)
-    return made, replace(after, policy=policy, critic=critic, divergence_scale=scale)
+    return replace(now, policy=policy, critic=critic, divergence_scale=scale)
+
+
+def _sampling_ahead(run: Run, base: Foundations, now: Now, number: int) -> AbstractContextManager[None]:
+    """The first round of iteration `number`, sampled while the policy is updated; where stages run here, later."""
+    plan, sampler = run.experiment, now.before
+    last = number == plan.scale.iterations
+    if sampler is None or last or plan.resources.launcher == "inline" or run.perform is look_up:
+        return nullcontext()
+    count = _count(plan.scale.groups, now.keep_rate)
+    return meanwhile(lambda: _sampled(run, base, Round(number, 0, now.cursor, now.cursor, count, 1), sampler))
 
 
 def _renewed(run: Run, base: Foundations, now: Now, number: int) -> Now:
@@ -190,27 +229,43 @@ def collect(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
     A round asks for as many prompts as the groups still wanted need at the rate at which groups were kept last.
     """
     here, wanted, cursor, rate = run.iteration(number), run.experiment.scale.groups, now.cursor, now.keep_rate
-    made = Collected((), ())
+    made, overlaps = Collected((), ()), run.experiment.scale.overlap
     for turn in range(run.experiment.recipe.rollout.rounds):
         room = wanted - made.kept
-        count = math.ceil(room / max(rate, 1 / MOST_OVERSAMPLING))
-        sampling = RolloutSettings.of(
-            run.experiment, {"first": cursor, "since": now.cursor, "count": count, "draw": f"{number}/{turn}"}
-        )
-        prompts = base.prompts.path
-        rollouts = run.do(rollout, here / f"rollouts-{turn}", sampling, prompts=prompts, policy=now.policy.path)
+        sampler = now.before if overlaps and now.before is not None and turn == 0 else now.policy
+        staleness = int(sampler.path != now.policy.path) if overlaps else None
+        asked = Round(number, turn, cursor, now.cursor, _count(room, rate), staleness)
+        rollouts = _sampled(run, base, asked, sampler)
         gates.look(run, rollouts, [rollouts])
         judgements = judged(run, here / f"judgements-{turn}", rollouts, now.reward_model)
         judging = LabelSettings.of(run.experiment, {"room": room})
         labels = run.do(
-            label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=prompts, judgements=judgements
-        )
+            label, here / f"labels-{turn}", judging, rollouts=rollouts.path, prompts=base.prompts.path,
+            judgements=judgements,
+        )  # fmt: skip
         gates.look(run, labels, [rollouts])
         made = Collected((*made.rollouts, rollouts), (*made.labels, labels))
         cursor, rate = int(rollouts.stats["cursor"]), made.passed
         if made.kept >= wanted:
             break
     return made, cursor
+
+
+def _count(room: int, rate: float) -> int:
+    """Prompts to ask for `room` more groups, where filters keep a share `rate`."""
+    return math.ceil(room / max(rate, 1 / MOST_OVERSAMPLING))
+
+
+def _sampled(run: Run, base: Foundations, asked: Round, sampler: Artifact) -> Artifact:
+    settings = RolloutSettings.of(
+        run.experiment,
+        {
+            "first": asked.first, "since": asked.since, "count": asked.count, "draw": f"{asked.number}/{asked.turn}",
+            "staleness": asked.staleness,
+        },
+    )  # fmt: skip
+    out = run.iteration(asked.number) / f"rollouts-{asked.turn}"
+    return run.do(rollout, out, settings, prompts=base.prompts.path, policy=sampler.path)
 
 
 def _line(number: int, total: int, made: Collected, groups: int, spent: float, left: float) -> str:

@@ -12,8 +12,9 @@ from flows.sheets import Sheet
 from pipeline.algorithms.bind import bind
 from pipeline.artifacts import Artifact
 from pipeline.errors import ArtifactError, ExperimentError
-from pipeline.estimate import DEVICES, Device, Shape, Step, Training, Work, iteration
+from pipeline.estimate import DEVICES, Device, Shape, Step, Training, Work, iteration, trained
 from pipeline.experiment import Experiment
+from pipeline.models.lora import Lora
 from pipeline.storage import MANIFEST
 
 CHARACTERS = 64
@@ -32,6 +33,8 @@ class Plan:
     """Of the device."""
     device: Device
     count: int
+    rank: int | None
+    """Of the policy's adapters; None where its weights are trained."""
     steps: Mapping[str, Step]
     measured: Mapping[str, tuple[float, float]]
     """Stage -> bytes and seconds of the last iteration that was run."""
@@ -55,9 +58,16 @@ def plan(experiment: Experiment, folder: Path, device: str, count: int, length: 
     shape = _shape(experiment)
     dtype = 4 if experiment.resources.dtype == "float32" else 2
     resources = experiment.resources
-    training = Training(resources.micro_batch_tokens, resources.compute_dtype == "bfloat16", resources.recompute)
+    training = Training(
+        resources.micro_batch_tokens, resources.compute_dtype == "bfloat16", resources.recompute,
+        _rank(experiment.scale.lora), _rank(experiment.critic.lora),
+    )  # fmt: skip
     steps = iteration(shape, work, DEVICES[device], count, training, dtype)
-    return Plan(shape, work, device, DEVICES[device], count, steps, _measured(folder))
+    return Plan(shape, work, device, DEVICES[device], count, training.rank, steps, _measured(folder))
+
+
+def _rank(lora: Lora | None) -> int | None:
+    return None if lora is None else lora.rank
 
 
 def _shape(experiment: Experiment) -> Shape:
@@ -138,15 +148,15 @@ def breaks(made: Plan, moving: float) -> str:
     """What stands in the way, and at what size it would not."""
     room = made.device.memory
     sampler = made.steps["rollout"].memory
-    trained = 4 * 4 * made.shape.parameters
+    held = trained(made.shape, made.rank)
     if made.steps["update"].memory > room:
-        activations = made.steps["update"].memory - trained / made.count
+        activations = made.steps["update"].memory - held / made.count
         if activations > room / 2:
             return (
                 f"activations of a micro-batch: {amount(activations)}; lower resources.micro_batch_tokens, or set "
                 "resources.recompute"
             )
-        return f"memory of the update: give it {-(-trained // (room - activations)):.0f} devices (launcher torchrun)"
+        return f"memory of the update: give it {-(-held // (room - activations)):.0f} devices (launcher torchrun)"
     if sampler > room:
         return f"memory of the sampler: {amount(sampler)}; bfloat16, or tensor parallel on {-(-sampler // room):.0f}"
     if moving > LONG:
@@ -176,17 +186,17 @@ def memory() -> float:
 def refuse_what_cannot_fit(experiment: Experiment, room: float) -> None:
     """Raise `ExperimentError` where the update cannot fit into `room` bytes: weights, gradients and two moments.
 
-    16 P bytes in float32 over all processes, which no setting makes less; activations come on top. A model whose config
-    does not tell its shape passes.
+    They are float32, over all processes; activations come on top. A model whose config does not tell its shape passes.
     """
     try:
         shape = _shape(experiment)
     except ArtifactError:
         return
-    needed = 16 * shape.parameters
+    needed = trained(shape, _rank(experiment.scale.lora))
     if needed > room:
         raise ExperimentError(
             f"an update needs {amount(needed)} for weights, gradients and moments of {shape.parameters:,} parameters, "
             f"and there are {amount(room)}", "models",
-            "take a smaller policy, or share the work among more devices: resources.launcher=torchrun",
+            "take a smaller policy, train adapters (scale.lora={rank=16}), or share the work among more devices: "
+            "resources.launcher=torchrun",
         )  # fmt: skip

@@ -393,6 +393,10 @@ ROLLOUTS = Contract(
         ),
         Field("finish", STRING, "`stop` or `length`"),
         Field("seed", INT64, "of this request"),
+        Field(
+            "staleness", INT32, "updates between the policy that sampled and the one that learns; absent: none",
+            "updates", optional=True,
+        ),
     ),
     key=_KEY,
     group="prompt_id",

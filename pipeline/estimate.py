@@ -95,6 +95,11 @@ class Shape:
         layer = attention + 3 * self.width * self.hidden + 2 * self.width
         return self.vocabulary * self.width * (1 if self.tied else 2) + self.layers * layer + self.width
 
+    def adapters(self, rank: int) -> int:
+        """Weights of low-rank adapters of all linear layers: rank (in + out) of each."""
+        attention = 4 * self.width + 2 * self.head * (self.heads + self.kv_heads)
+        return self.layers * rank * (attention + 3 * (self.width + self.hidden))
+
     @property
     def cache(self) -> int:
         """Bytes of keys and values per token, in half precision."""
@@ -136,6 +141,10 @@ class Training:
     """Layers compute in bfloat16."""
     recompute: bool = False
     """Activations are made again for the backward pass."""
+    rank: int | None = None
+    """Of the policy's adapters; None where its weights are trained."""
+    critic_rank: int | None = None
+    """Of the critic's."""
 
     def activations(self, shape: Shape) -> float:
         """Bytes that a backward pass over a micro-batch keeps: of all layers, or of one and the inputs of all."""
@@ -156,9 +165,14 @@ class Step:
     """Bytes on each device: weights and what training keeps of them, a lower bound; activations of a micro-batch."""
 
 
-def checkpoint(shape: Shape) -> float:
-    """Bytes of weights, 4 P, and of AdamW's two moments, 8 P."""
-    return 3.0 * FLOAT * shape.parameters
+def checkpoint(shape: Shape, rank: int | None = None) -> float:
+    """Bytes of weights, 4 P, and of AdamW's moments, 8 P; 12 A, with A weights of adapters, in place of these."""
+    return float(FLOAT * (3 * shape.parameters if rank is None else shape.parameters + 3 * shape.adapters(rank)))
+
+
+def trained(shape: Shape, rank: int | None = None) -> float:
+    """Bytes of weights, gradients and two moments: 16 P; 4 P + 16 A where A weights of adapters are trained instead."""
+    return float(FLOAT * (4 * shape.parameters if rank is None else shape.parameters + 4 * shape.adapters(rank)))
 
 
 def iteration(shape: Shape, work: Work, device: Device, count: int, training: Training, dtype: int) -> dict[str, Step]:
@@ -178,11 +192,14 @@ def iteration(shape: Shape, work: Work, device: Device, count: int, training: Tr
     one = max(device.step, (shape.parameters * dtype + held) / (device.bandwidth * DECODED_AT))
     decode = waves * work.response_tokens * one
     speed = count * (device.flops if training.half else device.flops32) * TRAINED_AT
-    trained = 4 * weights / count + training.activations(shape)
     token_row = kept + work.responses * work.prompt_tokens * INT
     forward = 2 * shape.parameters * work.read / speed
     update = (4 if training.recompute else 3) * forward * work.epochs
-    saved = checkpoint(shape) / device.storage
+
+    def stepped(rank: int | None) -> Step:
+        saved, held = checkpoint(shape, rank), trained(shape, rank) / count + training.activations(shape)
+        return Step(saved, update + saved / device.storage, held)
+
     steps = {
         "rollout": Step(
             token_row + work.tokens * (INT + FLOAT + TEXT), decode + weights / device.storage,
@@ -191,10 +208,10 @@ def iteration(shape: Shape, work: Work, device: Device, count: int, training: Tr
         "label": Step(kept, 0.0, 0.0),
         "score": Step(kept + work.tokens * FLOAT * work.needs, work.needs * forward, weights / count),
         "advantage": Step(token_row + work.tokens * (2 * INT + FLOAT * (1 + work.needs)), 0.0, 0.0),
-        "update": Step(checkpoint(shape), update + saved, trained),
+        "update": stepped(training.rank),
     }  # fmt: skip
     if not work.needs:
         del steps["score"]
     if work.critic:
-        steps["value"] = Step(checkpoint(shape), update + saved, trained)
+        steps["value"] = stepped(training.critic_rank)
     return steps

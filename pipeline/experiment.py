@@ -197,6 +197,9 @@ class Scale(Settings):
     """AdamW's, on matrices."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest norm of a step's gradient."""
+    overlap: bool = False
+    """Sample an iteration's first round from the policy before the last update, while that is made where stages have
+    processes of their own (launchers `process`, `torchrun`, `ray`). Needs the recipe's `importance`, which corrects."""
     lora: Lora | None = None
     """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
 
@@ -399,6 +402,11 @@ class Experiment(Settings):
             raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
         if self.sft.lora is not None and self.models.policy is None:
             raise ValueError("sft.lora: a new model has no weights to adapt; name a models.policy")
+        if self.scale.overlap and self.recipe.importance is None:
+            raise ValueError(
+                "scale.overlap: responses would be an update old, and the recipe does not correct for it; --set "
+                f"'recipe_changes.{self.recipe.name}.importance={{kind=\"token_truncated\"}}'"
+            )
         if self.scale.lora is not None and self.recipe.update.ema is not None:
             raise ValueError("scale.lora: update.ema averages whole weights; take one of the two out")
         responses, steps = self.scale.groups * self.recipe.rollout.group_size, self.recipe.update.minibatches

@@ -17,8 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +43,27 @@ PAUSE = 0.05
 
 OUT_OF_MEMORY = Path("/proc/vmstat")
 """Where the kernel counts (`oom_kill`) the processes that it killed for lack of memory."""
+
+
+_given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=None)
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """Do `work` in a thread while the block runs, and leave when both are done.
+
+    Where the block raises, processes that `work` has launched are ended. Raises what `work` does after the block.
+    """
+    given_up, own = threading.Event(), copy_context()
+    own.run(_given_up.set, given_up)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(own.run, work)
+        try:
+            yield
+        except BaseException:
+            given_up.set()
+            raise
+        done.result()
 
 
 def launch(
@@ -123,11 +146,21 @@ def _run(command: list[str]) -> _Ended:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if output else None,
             )  # fmt: skip
             with child, _relayed(child), _ended_with_us(child):
-                code = child.wait()
+                code = _waited(child)
             return _Ended(code, _error_in(said), _killed_for_memory() > killed_before)
     finally:
         os.close(theirs)
         os.close(ours)
+
+
+def _waited(child: "subprocess.Popen[bytes]") -> int:
+    given_up = _given_up.get()
+    if given_up is None:
+        return child.wait()
+    while (code := child.poll()) is None:
+        if given_up.wait(PAUSE):
+            raise PipelineError("given up, as what goes on beside it has failed")
+    return code
 
 
 @contextmanager

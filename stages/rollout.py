@@ -71,6 +71,8 @@ class Settings(StageSettings):
     """Of the run."""
     draw: str = "0"
     """Sets this sampling apart from others of the run: `iteration/round`, `eval/iteration`."""
+    staleness: int | None = Field(None, ge=0)
+    """Updates between this policy and the one that is to learn, for the rows to say; they do not when absent."""
 
     @model_validator(mode="after")
     def _beams_fit(self) -> Self:
@@ -277,7 +279,7 @@ class Sampler:
         groups |= new
         rows = [_row(one, said, self.chat) for place, one in enumerate(asked) for said in groups[place]]
         tokens = sum(len(said.tokens) for group in new.values() for said in group)
-        return Sampled(pa.Table.from_pylist(rows, schema=ROLLOUTS.schema()), tokens)
+        return Sampled(pa.Table.from_pylist(rows, schema=ROLLOUTS.schema(rows[0])), tokens)
 
     def _sampled(
         self, asked: Sequence[Asked], journal: Journal, done: Collection[int]
@@ -337,12 +339,18 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
             yield Shard(index, parts[index])
 
     for index, made in zip(missing, spread(sampler, left(), sampler.cut, [inputs.policy.path]), strict=True):
-        out.write(index, pa.concat_tables([one.table for one in made]))
+        out.write(index, _dated(pa.concat_tables([one.table for one in made]), settings.staleness))
         journal_of(out.working, index).unlink(missing_ok=True)
         new += sum(one.tokens for one in made)
     if new:
         out.metrics.add("speed/tokens_per_second", new / (time.monotonic() - started), "tokens/s")
     _measure(out, too_long, settings.first + len(asked))
+
+
+def _dated(table: pa.Table, staleness: int | None) -> pa.Table:
+    if staleness is None:
+        return table
+    return table.append_column("staleness", pa.array([staleness] * table.num_rows, pa.int32()))
 
 
 def _distribution(settings: Settings, policy: Artifact) -> dict[str, str]:

@@ -42,6 +42,7 @@ from pipeline.engines import (
 )
 from pipeline.engines.beams import BeamSearch, Next
 from pipeline.errors import EngineError
+from pipeline.metrics import console
 
 ON_GPU = torch.cuda.is_available()
 
@@ -155,7 +156,7 @@ class VllmEngine:
         """Free the GPU's weights and cache; on a CPU there is little to free, and vLLM cannot."""
         ensure_open(self)
         if ON_GPU and self._llm is not None and not self._asleep:
-            with fatal(self, "going to sleep"):
+            with fatal(self, "going to sleep"), _told("asleep"), _quiet():
                 self._llm.sleep(level=2)
                 self._asleep = True
 
@@ -216,10 +217,11 @@ class VllmEngine:
                     os.environ[name] = value
 
     def _reload(self, checkpoint: Path, layout: dict[str, Any]) -> None:
-        with _quiet():
-            if self._asleep:
+        if self._asleep:
+            with _told("awake"), _quiet():
                 self._llm.wake_up()
-                self._asleep = False
+            self._asleep = False
+        with _quiet():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(checkpoint, layout)})
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not reset its prefix cache")
@@ -323,6 +325,19 @@ class VllmEngine:
         name = str(next(self._llm.request_counter))
         self._llm.llm_engine.add_request(name, request, parameters)
         return name
+
+
+@contextlib.contextmanager
+def _told(state: str) -> Iterator[None]:
+    """Say how much of the GPU's memory is in use, by anybody, before the engine changes its state and after."""
+    before = _in_use()
+    yield
+    console.line(f"  engine {state}: {before:.1f} -> {_in_use():.1f} GB of the GPU's memory in use")
+
+
+def _in_use() -> float:
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free) / 1e9
 
 
 def _completions(output: Any, index: int, first: int, seed: int) -> Iterator[Completion]:

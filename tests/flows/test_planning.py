@@ -8,6 +8,7 @@ from flows.planning import memory, plan, refuse_what_cannot_fit
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.estimate import Shape
 from pipeline.experiment import Experiment
+from pipeline.models.lora import Lora
 
 BIG = {
     "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 64,
@@ -50,6 +51,9 @@ def test_a_model_that_cannot_fit_is_refused_before_the_run(big, desk, tmp_path):
     with pytest.raises(ExperimentError, match=r"an update needs 524 GB .*[\s\S]*resources\.launcher=torchrun"):
         refuse_what_cannot_fit(big, 80e9)
     refuse_what_cannot_fit(big, 8 * 80e9)
+    scale = big.scale.model_copy(update={"lora": Lora(rank=16)})
+    with pytest.raises(ExperimentError, match="an update needs 133 GB"):
+        refuse_what_cannot_fit(big.model_copy(update={"scale": scale}), 80e9)
 
 
 def test_wrong_requests_are_told(desk, tmp_path, big):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from pipeline.algorithms.recipe import Recipe
 from pipeline.contracts import ADVANTAGES
 from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.estimate import Shape
 from pipeline.models import adapters
 from pipeline.models.checkpoint import fresh_reward_model, load_critic, load_policy
 from pipeline.models.lora import Lora
@@ -78,6 +79,8 @@ def test_it_goes_on_from_the_adapters_and_their_moments(policy, twice):
             torch.testing.assert_close(found, before[f"{name}.weight"], rtol=0, atol=1e-6)
     trained = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(trained) == 2 * 2 * len(LINEAR) and all(".lora_" in name for name in trained)
+    shape = Shape.of(json.loads((policy.path / "config.json").read_text()))
+    assert sum(weights.numel() for weights in model.parameters() if weights.requires_grad) == shape.adapters(4)
     moments = load_file(second.path / "trainer" / "optimizer.safetensors")
     assert {int(key.partition(".")[0]) for key in moments} == set(range(len(trained)))
     assert float(moments["0.step"]) == 4 and second.stats["steps"] == 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import engines
 from pipeline.engines import Sampling
 from pipeline.engines.vllm import CPU_BATCH_TOKENS, _completions
 from pipeline.errors import EngineError
@@ -179,3 +180,21 @@ def test_log_probabilities_of_other_tokens_than_the_response_has_are_refused():
     response = SimpleNamespace(token_ids=[5, 6], logprobs=said, index=0, finish_reason="stop")
     with pytest.raises(EngineError, match="log-probabilities of other tokens"):
         list(_completions(SimpleNamespace(outputs=[response]), 3, 0, 1))
+
+
+def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, monkeypatch, capsys):
+    """A CPU's vLLM cannot sleep: what it would be asked to do, and the weights that it has after that."""
+    engine = build("vllm")
+    engine.load(checkpoints["untied_a"])
+    before = [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)]
+    asked, used = [], iter([71.25, 3.5, 3.5, 71.25])
+    monkeypatch.setattr(engines.vllm, "ON_GPU", True)
+    monkeypatch.setattr(engines.vllm, "_in_use", lambda: next(used))
+    monkeypatch.setattr(engine._llm, "sleep", lambda level: asked.append(f"sleep {level}"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda: asked.append("wake up"))
+    engine.sleep()
+    engine.sleep()
+    assert [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)] == before
+    assert asked == ["sleep 2", "wake up"]
+    told = capsys.readouterr().err
+    assert "engine asleep: 71.2 -> 3.5 GB" in told and "engine awake: 3.5 -> 71.2 GB" in told
