@@ -33,8 +33,7 @@ class Plan:
     """Of the device."""
     device: Device
     count: int
-    rank: int | None
-    """Of the policy's adapters; None where its weights are trained."""
+    training: Training
     steps: Mapping[str, Step]
     measured: Mapping[str, tuple[float, float]]
     """Stage -> bytes and seconds of the last iteration that was run."""
@@ -60,10 +59,10 @@ def plan(experiment: Experiment, folder: Path, device: str, count: int, length: 
     resources = experiment.resources
     training = Training(
         resources.micro_batch_tokens, resources.compute_dtype == "bfloat16", resources.recompute,
-        _rank(experiment.scale.lora), _rank(experiment.critic.lora),
+        _rank(experiment.scale.lora), _rank(experiment.critic.lora), resources.offload,
     )  # fmt: skip
     steps = iteration(shape, work, DEVICES[device], count, training, dtype)
-    return Plan(shape, work, device, DEVICES[device], count, training.rank, steps, _measured(folder))
+    return Plan(shape, work, device, DEVICES[device], count, training, steps, _measured(folder))
 
 
 def _rank(lora: Lora | None) -> int | None:
@@ -148,7 +147,7 @@ def breaks(made: Plan, moving: float) -> str:
     """What stands in the way, and at what size it would not."""
     room = made.device.memory
     sampler = made.steps["rollout"].memory
-    held = trained(made.shape, made.rank)
+    held = trained(made.shape, made.training.rank, offload=made.training.offload)
     if made.steps["update"].memory > room:
         activations = made.steps["update"].memory - held / made.count
         if activations > room / 2:
@@ -192,7 +191,7 @@ def refuse_what_cannot_fit(experiment: Experiment, room: float) -> None:
         shape = _shape(experiment)
     except ArtifactError:
         return
-    needed = trained(shape, _rank(experiment.scale.lora))
+    needed = trained(shape, _rank(experiment.scale.lora), offload=experiment.resources.offload)
     if needed > room:
         raise ExperimentError(
             f"an update needs {amount(needed)} for weights, gradients and moments of {shape.parameters:,} parameters, "

@@ -145,6 +145,8 @@ class Training:
     """Of the policy's adapters; None where its weights are trained."""
     critic_rank: int | None = None
     """Of the critic's."""
+    offload: bool = False
+    """Moments lie in the host's memory."""
 
     def activations(self, shape: Shape) -> float:
         """Bytes that a backward pass over a micro-batch keeps: of all layers, or of one and the inputs of all."""
@@ -170,9 +172,13 @@ def checkpoint(shape: Shape, rank: int | None = None) -> float:
     return float(FLOAT * (3 * shape.parameters if rank is None else shape.parameters + 3 * shape.adapters(rank)))
 
 
-def trained(shape: Shape, rank: int | None = None) -> float:
-    """Bytes of weights, gradients and two moments: 16 P; 4 P + 16 A where A weights of adapters are trained instead."""
-    return float(FLOAT * (4 * shape.parameters if rank is None else shape.parameters + 4 * shape.adapters(rank)))
+def trained(shape: Shape, rank: int | None = None, *, offload: bool = False) -> float:
+    """Bytes of weights, gradients and two moments: 16 P; 4 P + 16 A where A weights of adapters are trained instead.
+
+    With the moments in the host's memory 8 P, or 4 P + 8 A.
+    """
+    each = 2 if offload else 4
+    return float(FLOAT * (each * shape.parameters if rank is None else shape.parameters + each * shape.adapters(rank)))
 
 
 def iteration(shape: Shape, work: Work, device: Device, count: int, training: Training, dtype: int) -> dict[str, Step]:
@@ -197,7 +203,10 @@ def iteration(shape: Shape, work: Work, device: Device, count: int, training: Tr
     update = (4 if training.recompute else 3) * forward * work.epochs
 
     def stepped(rank: int | None) -> Step:
-        saved, held = checkpoint(shape, rank), trained(shape, rank) / count + training.activations(shape)
+        saved, held = (
+            checkpoint(shape, rank),
+            trained(shape, rank, offload=training.offload) / count + training.activations(shape),
+        )
         return Step(saved, update + saved / device.storage, held)
 
     steps = {

@@ -330,10 +330,14 @@ class Resources(Settings):
     """The cluster (launcher `ray`)."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Of the sampler."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices that share the weights of one vLLM; several such engines are workers of a cluster (launcher `ray`)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the layers in training and scoring; weights, gradients and moments stay float32."""
     recompute: bool = False
     """Train with the layers' inputs alone kept for the backward pass: less memory, a third more work."""
+    offload: bool = False
+    """Keep the optimizer's moments in the host's memory and step there: half of what an update holds on one GPU."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Padded tokens that fit into memory at once in training and scoring."""
     grader_seconds: float = Field(5.0, gt=0)

@@ -106,6 +106,8 @@ class TrainingSettings(ModelSettings):
     """Longest gradient; a longer one is scaled down to it."""
     recompute: bool = False
     """Keep the layers' inputs alone for the backward pass: less memory, a third more work, the same gradients."""
+    offload: bool = False
+    """Keep the optimizer's moments in the host's memory, and step there."""
     lora: Lora | None = None
     """Train low-rank adapters of the layers in place of their weights; what is written are whole weights."""
     save_every: int = Field(100, ge=0)
@@ -118,6 +120,7 @@ class TrainingSettings(ModelSettings):
         """These settings but the weight decay, from `resources`, `scale` and `seed`."""
         return {
             **ModelSettings.computing(experiment), "recompute": experiment.resources.recompute,
+            "offload": experiment.resources.offload,
             "gradient_clip": experiment.scale.gradient_clip, "save_every": experiment.resources.save_every,
             "seed": experiment.seed,
         }  # fmt: skip

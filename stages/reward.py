@@ -198,7 +198,7 @@ def _train(
     steps = batches.dealt(len(trained), settings.epochs, steps_per_epoch, derive(settings.seed, "reward"))
     plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, seed=settings.seed)
     schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, offload=settings.offload)
     objective = Preference(trained, settings.margin)
     progress = Progress(out, settings.save_every)
     taken = fit(model, objective, optimizer, schedule, plan, out.metrics, best, progress)

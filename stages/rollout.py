@@ -67,6 +67,8 @@ class Settings(StageSettings):
     """Who samples: `vllm`, `transformers`, `scripted`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Arithmetic of the engine; `auto` takes what the checkpoint names."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices that share one engine's weights."""
     seed: int = 0
     """Of the run."""
     draw: str = "0"
@@ -86,7 +88,8 @@ class Settings(StageSettings):
         return {
             "group_size": plan.group_size, "temperature": plan.temperature, "top_p": plan.top_p, "top_k": plan.top_k,
             "greedy": plan.greedy, "prompt_tokens": scale.prompt_tokens, "response_tokens": scale.response_tokens,
-            "engine": resources.engine, "dtype": resources.dtype, "seed": experiment.seed,
+            "engine": resources.engine, "dtype": resources.dtype,
+            "tensor_parallel": resources.tensor_parallel, "seed": experiment.seed,
         }  # fmt: skip
 
 
@@ -328,7 +331,7 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     )  # fmt: skip
     parts = [asked[start : start + settings.shard] for start in range(0, len(asked), settings.shard)]
     sampler = Sampler(
-        inputs.policy.path, settings.engine, EngineOptions(dtype=settings.dtype, max_model_len=longest), plan,
+        inputs.policy.path, settings.engine, _options(settings, longest), plan,
         _distribution(settings, inputs.policy), None if elsewhere() else out.working,
     )  # fmt: skip
     missing, new, started = list(out.shards(len(parts))), 0, time.monotonic()
@@ -345,6 +348,10 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     if new:
         out.metrics.add("speed/tokens_per_second", new / (time.monotonic() - started), "tokens/s")
     _measure(out, too_long, settings.first + len(asked))
+
+
+def _options(settings: Settings, longest: int) -> EngineOptions:
+    return EngineOptions(dtype=settings.dtype, max_model_len=longest, tensor_parallel=settings.tensor_parallel)
 
 
 def _dated(table: pa.Table, staleness: int | None) -> pa.Table:

@@ -128,7 +128,7 @@ def sft(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     out.metrics.add("rows/documents", taken, "rows")
     plan = Plan(steps, settings.micro_batch_tokens, settings.gradient_clip, seed=settings.seed)
     schedule = cosine(round(settings.warmup_share * len(steps)), len(steps), settings.final_share)
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, offload=settings.offload)
     objective = Imitation([*demonstrations, *documents])
     progress = Progress(out, settings.save_every)
     out.stats["steps"] = fit(model, objective, optimizer, schedule, plan, out.metrics, progress=progress)

@@ -283,7 +283,7 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     terms = [Term.of(line) for line in settings.loss]
     plan = settings.update
     improvement = Improvement(table, terms, WEIGHTS[plan.weights], settings.temperature, one_step=plan.steps == 1)
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, offload=settings.offload)
     taken = load_state(optimizer, inputs.policy.path)
     steps = batches.dealt(table.num_rows, plan.epochs, plan.minibatches, derive(settings.seed, "update", taken))
     objective, steps = _mixed(improvement, steps, inputs, settings, out)

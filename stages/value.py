@@ -303,7 +303,7 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     before = start / TRAINER if kind == "critic" else None
     model = adapters.attached(model, settings.lora, derive(settings.seed, "adapters"), before)
     model = shard(computing(model, settings.compute_dtype, settings.recompute))
-    optimizer = adamw(model, settings.learning_rate, settings.weight_decay)
+    optimizer = adamw(model, settings.learning_rate, settings.weight_decay, offload=settings.offload)
     taken = load_state(optimizer, start) if kind == "critic" else 0
     if objective is not None:
         share = 0.0 if settings.steps is None else settings.held_out_share

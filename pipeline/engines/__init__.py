@@ -89,6 +89,8 @@ class EngineOptions(Settings):
     """Seed of whatever no request's seed decides."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory for weights and cache. Unused on a CPU."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Devices that share one engine's weights. Only vLLM knows it."""
     max_num_seqs: int = Field(default=512, ge=1)
     """Responses in flight at once."""
     timeout: float = Field(default=3600.0, gt=0)
@@ -161,6 +163,8 @@ def open_engine(name: str, checkpoint: Path, options: EngineOptions) -> Engine:
     """
     if name not in ENGINES:
         raise ExperimentError(f"no engine is called {name!r}; there are: {', '.join(ENGINES)}")
+    if options.tensor_parallel > 1 and name != "vllm":
+        raise ExperimentError(f"{name} samples on one device, and tensor_parallel = {options.tensor_parallel}")
     warm = _warm.get((name, options))
     if warm is not None and not warm.closed:
         warm.load(checkpoint)

@@ -110,11 +110,19 @@ class VllmEngine:
         self._layout: dict[str, Any] = {}
 
     def load(self, checkpoint: Path) -> None:
-        """Swap the weights in place; build the engine anew where shapes differ or where the swap did not take."""
+        """Swap the weights in place; build the engine anew where shapes differ or where the swap did not take.
+
+        Of several devices each has a share of every matrix, which cannot be told from here: those are always built
+        anew, by vLLM's own reading of the checkpoint.
+        """
         ensure_open(self)
         self._ensure_idle()
         with fatal(self, "loading the checkpoint", checkpoint):
             layout = _layout(checkpoint)
+            if self.options.tensor_parallel > 1:
+                self._build(checkpoint)
+                self._checkpoint, self._layout = checkpoint, layout
+                return
             fresh = self._llm is None or layout != self._layout
             if fresh:
                 self._build(checkpoint)
@@ -203,6 +211,7 @@ class VllmEngine:
                     max_model_len=options.max_model_len,
                     max_num_seqs=options.max_num_seqs,
                     gpu_memory_utilization=options.gpu_memory_utilization,
+                    tensor_parallel_size=options.tensor_parallel,
                     seed=options.seed,
                     use_tqdm_on_load=False,
                     disable_log_stats=True,

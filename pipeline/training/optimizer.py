@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.models.distributed import gathered, like, own
-from pipeline.ranks import rank
+from pipeline.ranks import count, rank
 from pipeline.training.progress import UNREADABLE, State, write_tensors
 
 TRAINER = "trainer"
@@ -28,12 +28,43 @@ Schedule = Callable[[int], float]
 """Optimizer step (from 0) -> share of the peak learning rate."""
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101); norms and biases (one dimension) do not decay."""
-    decaying = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float, *, offload: bool = False) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101); norms and biases (one dimension) do not decay.
+
+    With `offload` its moments stay in the host's memory, and it steps there: weights and gradients travel at each step.
+    Raises `ExperimentError` for that on several processes, which share the moments among their devices.
+    """
+    if offload and count() > 1:
+        raise ExperimentError(
+            f"offload, and {count()} processes share the moments already", "resources.offload",
+            "take one of the two out",
+        )  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stepped = [torch.empty_like(p, device="cpu") for p in trained] if offload else trained
+    decaying, others = ([p for p in stepped if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+    if offload:
+        pairs = list(zip(trained, stepped, strict=True))
+        optimizer.register_step_pre_hook(lambda *_: _fetch(pairs))
+        optimizer.register_step_post_hook(lambda *_: _bring(pairs))
+    return optimizer
+
+
+@torch.no_grad()
+def _fetch(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Have the device's weights and gradients in the host's copies."""
+    for weights, host in pairs:
+        host.copy_(weights)
+        host.grad = None if weights.grad is None else weights.grad.to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _bring(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Give the device the weights that were stepped."""
+    for weights, host in pairs:
+        weights.copy_(host)
+        weights.grad = host.grad = None
 
 
 def constant(warmup: int) -> Schedule:

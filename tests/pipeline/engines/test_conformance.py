@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.engines import ENGINES, GREEDY, Sampling
-from pipeline.errors import EngineError
+from pipeline.engines import ENGINES, GREEDY, EngineOptions, Sampling, open_engine
+from pipeline.errors import EngineError, ExperimentError
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
 
@@ -151,6 +151,11 @@ def test_sleeping_forgets_nothing(engine):
     before = sample(engine)
     engine.sleep()
     assert {key: c.tokens for key, c in sample(engine).items()} == {key: c.tokens for key, c in before.items()}
+
+
+def test_only_one_engine_knows_several_devices(checkpoints):
+    with pytest.raises(ExperimentError, match="transformers samples on one device, and tensor_parallel = 2"):
+        open_engine("transformers", checkpoints["untied_a"], EngineOptions(tensor_parallel=2))
 
 
 def test_describe_says_what_log_probabilities_depend_on(engine):

@@ -1,7 +1,12 @@
 """What vLLM does not look after: stale and damaged weights, a poisoned engine, the process around it."""
 
+import json
 import os
+import subprocess
+import sys
+import textwrap
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +20,7 @@ from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
 
+ROOT = Path(__file__).parents[3]
 PLAN = Sampling(group_size=2, max_tokens=8, stop_ids=(1,))
 
 
@@ -198,3 +204,44 @@ def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, m
     assert asked == ["sleep 2", "wake up"]
     told = capsys.readouterr().err
     assert "engine asleep: 71.2 -> 3.5 GB" in told and "engine awake: 3.5 -> 71.2 GB" in told
+
+
+SHARED = """
+    import json, sys
+    from pathlib import Path
+
+    import psutil
+
+    from pipeline.engines import EngineOptions, Sampling
+    from pipeline.engines.vllm import VllmEngine
+
+    if __name__ == "__main__":
+        engine = VllmEngine(EngineOptions(dtype="float32", max_model_len=320, max_num_seqs=64, tensor_parallel=2))
+        said = []
+        for checkpoint in sys.argv[1:]:
+            engine.load(Path(checkpoint))
+            plan = Sampling(group_size=2, max_tokens=8, stop_ids=(1,))
+            said.append([[c.sample, c.tokens, c.logprobs] for c in engine.generate([[5, 6]], [1], plan)])
+        processes = len(psutil.Process().children(recursive=True))
+        engine.close()
+        print(json.dumps({"said": said, "processes": processes}))
+"""
+
+
+def test_two_processes_that_share_the_weights_say_what_one_says(loaded, checkpoints, tmp_path):
+    """Another checkpoint is built anew: the weights are those of the new one."""
+    script, names = tmp_path / "shared.py", ("untied_a", "tied_b")
+    script.write_text(textwrap.dedent(SHARED))
+    paths = [str(checkpoints[name]) for name in names]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *paths], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["processes"] >= 2
+    for name, said in zip(names, told["said"], strict=True):
+        one = {c.sample: c for c in loaded("vllm", name).generate([[5, 6]], [1], PLAN)}
+        assert {sample: tokens for sample, tokens, _ in said} == {sample: c.tokens for sample, c in one.items()}
+        for sample, _, logprobs in said:
+            assert logprobs == pytest.approx(one[sample].logprobs, abs=1e-4)
