@@ -108,7 +108,7 @@ def main() -> None:
 def told(run: Path, device: str) -> dict[str, float]:
     """The middle of what the iterations but the first measured; of accuracy the last."""
     numbers = by_iteration(catalog([run])).filter(phase="loop").sort("iteration")
-    series = {what: numbers.filter(kind=kind, name=metric)["value"] for what, (kind, metric) in SEEN.items()}
+    series = {what: numbers.filter(kind=kind, name=metric)["value"].to_list() for what, (kind, metric) in SEEN.items()}
     found = {what: statistics.median(values[1:] or values) for what, values in series.items()}
     found["accuracy"] = series["accuracy"][-1]
     shape = Shape.of(json.loads((run / "0000" / "policy" / "config.json").read_bytes()))
