@@ -203,11 +203,9 @@ def iteration(shape: Shape, work: Work, device: Device, count: int, training: Tr
     update = (4 if training.recompute else 3) * forward * work.epochs
 
     def stepped(rank: int | None) -> Step:
-        saved, held = (
-            checkpoint(shape, rank),
-            trained(shape, rank, offload=training.offload) / count + training.activations(shape),
-        )
-        return Step(saved, update + saved / device.storage, held)
+        saved = checkpoint(shape, rank)
+        held = trained(shape, rank, offload=training.offload) / count
+        return Step(saved, update + saved / device.storage, held + training.activations(shape))
 
     steps = {
         "rollout": Step(

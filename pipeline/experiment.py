@@ -243,7 +243,8 @@ class Gates(Settings):
     zero_spread_most: float = Field(0.95, ge=0, le=1)
     """Share of an iteration's groups."""
     mismatch: Action = "stop"
-    """Where engine and trainer see different policies: stale weights, another dtype, a wrong tokenizer."""
+    """Where engine and trainer see different policies: stale weights, another dtype, a wrong tokenizer. Not looked at
+    where the sampler is an update behind (`scale.overlap`)."""
     mismatch_most: float = Field(0.05, gt=0)
     """Mean over tokens of |sampler - trainer| log-probability, in nat: float32 is at 1e-6, bfloat16 at 0.01."""
     divergence: Action = "warn"
