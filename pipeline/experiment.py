@@ -407,6 +407,8 @@ class Experiment(Settings):
             raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
         if self.sft.lora is not None and self.models.policy is None:
             raise ValueError("sft.lora: a new model has no weights to adapt; name a models.policy")
+        if self.resources.tensor_parallel > 1 and self.resources.engine != "vllm":
+            raise ValueError(f"resources.tensor_parallel: {self.resources.engine} samples on one device; take vllm")
         if self.scale.overlap and self.recipe.importance is None:
             raise ValueError(
                 "scale.overlap: responses would be an update old, and the recipe does not correct for it; --set "

@@ -119,6 +119,10 @@ def test_a_change_that_does_not_fit_the_recipe_is_refused(experiment_file, chang
         (("sft.enabled=false",), "sft.enabled = false needs models.policy"),
         (("data.demonstrations=",), "sft needs data.demonstrations"),
         (("models.policy=x", "data.demonstrations="), "sft needs data.demonstrations"),
+        (("sft.lora={rank=4}",), "sft.lora: a new model has no weights to adapt"),
+        (("scale.lora={rank=4}", "recipe_changes.dapo.update.ema=0.9"), "update.ema averages whole weights"),
+        (("scale.overlap=true",), "recipe_changes.dapo.importance="),
+        (("resources.tensor_parallel=2", "resources.engine=transformers"), "transformers samples on one device"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(experiment_file, assignments, what):
