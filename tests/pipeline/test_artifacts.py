@@ -298,7 +298,7 @@ def test_a_group_in_two_parts_is_found(tmp_path, monkeypatch):
             }
             for prompt, sample in keys
         ]  # fmt: skip
-        return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema())
+        return pa.Table.from_pylist(rows, schema=ROLLOUTS.schema(rows[0]))
 
     for name, last in (("good", [("q", 0), ("r", 0)]), ("bad", [("q", 0), ("p", 1)])):
         out = outbox(tmp_path / name, contract=ROLLOUTS)

@@ -53,7 +53,7 @@ GOOD = {
     "rollouts": [
         {
             **key, **TOKENS, "response": "2", "sampler_logprobs": None if i == 0 else [-0.5, 0.0], "finish": "stop",
-            "seed": i,
+            "seed": i, "staleness": i % 2,
         }
         for i, key in enumerate(KEYS)
     ],

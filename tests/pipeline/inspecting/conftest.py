@@ -59,6 +59,7 @@ def response(rng, phase, iteration, number, sample):
         "phase": phase, "iteration": iteration, "prompt_id": prompt, "sample": sample,
         "prompt_tokens": [1, 2], "response_tokens": list(range(length)), "response": text,
         "sampler_logprobs": logprobs.tolist(), "finish": "length" if cut else "stop", "seed": 0,
+        "staleness": min(iteration, 1),
         "reward": 0.5 if cut else 0.0 if failed else reward, "correct": None if failed else right,
         "gold": None if failed else right, "extracted": None if failed else given,
         "target": given, "verdict": "timeout" if failed else "correct" if right else "wrong",

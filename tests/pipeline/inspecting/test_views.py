@@ -86,7 +86,7 @@ def test_a_second_draw_of_a_prompt_answers_the_same_question(planted, tmp_path):
     outbox = Outbox(folder / "0000/rollouts-0", ROLLOUTS, "planted", 1, "f" * 64, {}, {
         "prompts": [Artifact.open(tmp_path / "runs/base/prompts").record()]
     })  # fmt: skip
-    outbox.write(0, pa.Table.from_pylist([row], schema=ROLLOUTS.schema()))
+    outbox.write(0, pa.Table.from_pylist([row], schema=ROLLOUTS.schema(row)))
     outbox.commit()
     (folder / EXPERIMENT_FILE).touch()
     with Views(catalog([folder])) as views:
