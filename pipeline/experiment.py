@@ -407,6 +407,13 @@ class Experiment(Settings):
             raise ValueError("sft needs data.demonstrations; or set sft.enabled = false")
         if self.sft.lora is not None and self.models.policy is None:
             raise ValueError("sft.lora: a new model has no weights to adapt; name a models.policy")
+        responses, steps = self.scale.groups * self.recipe.rollout.group_size, self.recipe.update.minibatches
+        if responses < steps:
+            raise ValueError(f"{responses} responses per iteration cannot be dealt to {steps} minibatches")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_done_so(self) -> Self:
         if self.resources.tensor_parallel > 1 and self.resources.engine != "vllm":
             raise ValueError(f"resources.tensor_parallel: {self.resources.engine} samples on one device; take vllm")
         if self.scale.overlap and self.recipe.importance is None:
@@ -416,9 +423,6 @@ class Experiment(Settings):
             )
         if self.scale.lora is not None and self.recipe.update.ema is not None:
             raise ValueError("scale.lora: update.ema averages whole weights; take one of the two out")
-        responses, steps = self.scale.groups * self.recipe.rollout.group_size, self.recipe.update.minibatches
-        if responses < steps:
-            raise ValueError(f"{responses} responses per iteration cannot be dealt to {steps} minibatches")
         return self
 
     @classmethod
