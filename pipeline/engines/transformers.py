@@ -8,17 +8,18 @@ Beams are searched as `beams.py` says.
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from pipeline.attention import attend_by_products
 from pipeline.engines import (
     GREEDY,
     Completion,
@@ -30,6 +31,7 @@ from pipeline.engines import (
     response_seed,
 )
 from pipeline.engines.beams import BeamSearch, Next
+from pipeline.engines.reading import Reader
 from pipeline.errors import EngineError
 
 
@@ -57,6 +59,7 @@ class TransformersEngine:
             if loading["missing_keys"]:
                 raise EngineError(f"no tensor for {sorted(loading['missing_keys'])}", where=str(checkpoint))
             self._model = model.to(self.device).eval()
+            attend_by_products(self._model)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
@@ -114,55 +117,16 @@ class TransformersEngine:
                 yield from (completion for completion in finished if completion.prompt not in done)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
     prompt: int
     sample: int
     seed: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
-class _Reader:
-    """Texts that are read together, left-padded to one length; each round takes one more token of each."""
-
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.model = model
-        width = max(map(len, prompts))
-        self.tokens = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-        self.attended = torch.zeros_like(self.tokens)
-        for row, prompt in enumerate(prompts):
-            self.tokens[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            self.attended[row, width - len(prompt) :] = 1
-        self.cache = DynamicCache(config=model.config)
-        self.logits = self._forward()
-
-    def read(self, tokens: Int[Tensor, " R"]) -> None:
-        """Let each text go on with its token."""
-        self.tokens = tokens[:, None]
-        self.attended = torch.cat([self.attended, torch.ones_like(self.tokens)], dim=1)
-        self.logits = self._forward()
-
-    def select(self, rows: Int[Tensor, " N"]) -> None:
-        """Go on with these texts, some of them several times: what was read of them is shared."""
-        self.attended, self.logits = self.attended[rows], self.logits[rows]
-        self.cache.batch_select_indices(rows)
-
-    @torch.inference_mode()
-    def _forward(self) -> Float[Tensor, "R V"]:
-        positions = (self.attended.cumsum(dim=1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
-        output = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.attended,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1].float()
-        if not torch.isfinite(logits).all():
-            raise EngineError("the model's logits are not finite", do="check the checkpoint's tensors")
-        return logits
+LEAST_GOING = 0.75
+"""Share of a batch's rows that go on: with fewer, the others are taken out. That copies all that was read, and costs as
+much as some rounds in which rows that have ended are read on."""
 
 
 class _SampledBatch:
@@ -178,44 +142,49 @@ class _SampledBatch:
         self.uniforms = torch.stack([_uniforms(row, plan.max_tokens) for row in self.rows]).to(device)
         self.greedy = torch.tensor([row.sample == GREEDY for row in self.rows], device=device)
         self.stop = torch.tensor(plan.stop_ids, dtype=torch.long, device=device)
+        self.unfinished = torch.ones_like(self.greedy)
+        self.tokens = torch.zeros(self.uniforms.shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(self.uniforms.shape, device=device)
         self.taken = 0
-        self.reader = _Reader(model, [prompt for _, prompt, _ in prompts], device)
+        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], device)
         # One prompt is read once; its group shares what was read.
         self.reader.select(torch.arange(len(prompts), device=device).repeat_interleave(len(plan.samples)))
 
     @property
     def going(self) -> bool:
         """Whether any response is unfinished."""
-        return bool(self.rows)
+        return bool(self.unfinished.any())
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Sample one token per row and return the responses that end with it."""
         uniforms = self.uniforms[:, self.taken]
         tokens, logprobs = sample_tokens(self.reader.logits, uniforms, self.greedy, self.plan)
+        self.tokens[:, self.taken], self.logprobs[:, self.taken] = tokens, logprobs
         self.taken += 1
         stopped = torch.isin(tokens, self.stop)
-        for row, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-        ended = stopped if self.taken < self.plan.max_tokens else torch.ones_like(stopped)
-        finished = self._release(ended, stopped) if ended.any() else []
-        if self.rows:
-            self.reader.read(tokens[~ended])
+        ended = self.unfinished & (stopped | (self.taken == self.plan.max_tokens))
+        finished = [self._completion(row, bool(stopped[row])) for row in ended.nonzero()[:, 0].tolist()]
+        self.unfinished &= ~ended
+        going = int(self.unfinished.sum())
+        if going:
+            if going < LEAST_GOING * len(self.rows):
+                tokens = tokens[self._keep(self.unfinished.nonzero()[:, 0])]
+            self.reader.read(tokens)
         return finished
 
-    def _release(self, ended: Tensor, stopped: Tensor) -> list[Completion]:
-        finish: dict[bool, Literal["stop", "length"]] = {True: "stop", False: "length"}
-        finished = [
-            Completion(row.prompt, row.sample, row.tokens, row.logprobs, finish[stop], row.seed)
-            for row, end, stop in zip(self.rows, ended.tolist(), stopped.tolist(), strict=True)
-            if end
-        ]
-        going = (~ended).nonzero()[:, 0]
-        self.rows = [self.rows[row] for row in going.tolist()]
-        self.uniforms, self.greedy = self.uniforms[going], self.greedy[going]
-        self.reader.select(going)
-        return finished
+    def _completion(self, row: int, stopped: bool) -> Completion:
+        about, said = self.rows[row], slice(0, self.taken)
+        tokens, logprobs = self.tokens[row, said].tolist(), self.logprobs[row, said].tolist()
+        return Completion(about.prompt, about.sample, tokens, logprobs, "stop" if stopped else "length", about.seed)
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        """Go on with these rows alone, and return them."""
+        self.rows = [self.rows[row] for row in rows.tolist()]
+        for name in ("uniforms", "greedy", "unfinished", "tokens", "logprobs"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.reader.select(rows)
+        return rows
 
 
 class _SearchedBatch:
@@ -228,7 +197,7 @@ class _SearchedBatch:
         self.seeds = {index: seed for index, _, seed in prompts}
         self.choices = min(BeamSearch.choices(plan), model.config.vocab_size)
         self.device = device
-        self.reader = _Reader(model, [prompt for _, prompt, _ in prompts], device)
+        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], device)
 
     @property
     def going(self) -> bool:

@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from pipeline.artifacts import FileIdentity, identity
+from pipeline.attention import attend_by_products
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.models import adapters
 from pipeline.models.distributed import gathered, released
@@ -367,6 +368,7 @@ def _open(path: Path, sort: _Sort, dtype: Any, **more: Any) -> tuple[Any, set[st
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"cannot load the {sort.name}: {error}", where=str(path)) from error
+    attend_by_products(model)
     return model, set(loading["missing_keys"])
 
 

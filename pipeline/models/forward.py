@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.attention import NAME
 from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models.checkpoint import reward_bias
 from pipeline.models.chunked import token_logprobs
@@ -74,8 +75,8 @@ def response_logprobs(
         raise ExperimentError(f"log-probabilities of models with {', '.join(changed)} are not supported")
     _refuse_empty_prompts(prompt_tokens)
     head = model.get_output_embeddings()
-    tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, head.weight.device)
-    hidden = _hidden(model, tokens, attended.long())
+    tokens, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, head.weight.device)
+    hidden = _hidden(model, tokens)
     before, targets = hidden[rows, positions - 1], tokens[rows, positions]
     found, entropies = token_logprobs(
         before, head.weight, head.bias, targets, temperature=temperature, entropy=entropy
@@ -97,8 +98,8 @@ def response_values(
     Raises `ContractError` for an empty prompt, `NumericsError` naming the rows whose value is not finite.
     """
     _refuse_empty_prompts(prompt_tokens)
-    tokens, attended, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, model.score.weight.device)
-    before = _hidden(model, tokens, attended.long())[rows, positions - 1]
+    tokens, mask, (rows, positions) = _batch(prompt_tokens, response_tokens, model.score.weight.device)
+    before = _hidden(model, tokens)[rows, positions - 1]
     values = _scatter(model.score(before).float()[:, 0], mask)
     _check(mask & ~torch.isfinite(values), values, "a value", "the critic")
     return ResponseValues(values, mask)
@@ -115,9 +116,9 @@ def response_scores(
     Raises `ContractError` for an empty response, `NumericsError` naming the rows whose score is not finite.
     """
     _refuse_empty_responses(response_tokens)
-    tokens, attended, _, _ = _batch(prompt_tokens, response_tokens, model.score.weight.device)
-    last = attended.sum(dim=1) - 1
-    hidden = _hidden(model, tokens, attended.long())[torch.arange(len(last), device=last.device), last]
+    tokens, _, _ = _batch(prompt_tokens, response_tokens, model.score.weight.device)
+    last = (_sizes(prompt_tokens) + _sizes(response_tokens) - 1).to(tokens.device)
+    hidden = _hidden(model, tokens)[torch.arange(len(last), device=last.device), last]
     scores = _scores(model, hidden)
     _check(~torch.isfinite(scores)[:, None], scores[:, None], "a score", "the reward model")
     return scores
@@ -133,7 +134,8 @@ def group_scores(
 
     Responses are read alone, each after its prompt, where that is less work: attention costs the square of a row, and
     responses much longer than their prompt share little. So they are in a family outside `SHARE_PROMPTS`, where a text
-    is longer than the window its layers see, and with an attention that is neither transformers' `eager` nor `sdpa`.
+    is longer than the window its layers see, and with an attention that is neither `pipeline/attention.py`'s nor one of
+    transformers' `eager` and `sdpa`.
     Raises as `response_scores` does, where a row is a response.
     """
     prompts = [prompt for prompt, group in zip(prompt_tokens, groups, strict=True) for _ in group]
@@ -149,14 +151,14 @@ def group_scores(
 
 def _batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"], Bool[Tensor, "B T"], tuple[Tensor, Tensor]]:
-    """Right-padded tokens, their mask, the responses' mask, and (row, position) of every response token."""
+) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B T"], tuple[Tensor, Tensor]]:
+    """Right-padded tokens, the responses' mask, and (row, position) of every response token."""
     starts, counts = _sizes(prompts), _sizes(responses)
     attended, mask = _mask(starts + counts), _mask(counts)
     tokens = _spread(_flat(chain.from_iterable(zip(prompts, responses, strict=True))), attended)
     rows, offsets = mask.nonzero(as_tuple=True)
     places = (rows.to(device), (starts[rows] + offsets).to(device))
-    return tokens.to(device), attended.to(device), mask.to(device), places
+    return tokens.to(device), mask.to(device), places
 
 
 def _hidden_of_groups(
@@ -196,7 +198,7 @@ def _sharing_pays(model: Any, prompts: Sequence[Sequence[int]], groups: Sequence
     alone = int((starts[rows] + responses).max())
     together = int(starts.index_add(0, rows, responses).max())
     # transformers has no public name for the attention.
-    if config.model_type not in SHARE_PROMPTS or config._attn_implementation not in ("eager", "sdpa"):
+    if config.model_type not in SHARE_PROMPTS or config._attn_implementation not in ("eager", "sdpa", NAME):
         return False
     if alone > (getattr(config, "sliding_window", None) or alone):
         return False
@@ -252,9 +254,13 @@ def _refuse_empty_responses(responses: Sequence[Sequence[int]]) -> None:
 
 
 def _hidden(
-    model: Any, tokens: Int[Tensor, "B L"], mask: Tensor, positions: Int[Tensor, "B L"] | None = None
+    model: Any, tokens: Int[Tensor, "B L"], mask: Tensor | None = None, positions: Int[Tensor, "B L"] | None = None
 ) -> Float[Tensor, "B L H"]:
-    """The last hidden states, of the model without its head; `mask` as transformers takes it."""
+    """The last hidden states, of the model without its head; `mask` as transformers takes it.
+
+    Padding on the right needs none: no token sees what comes after it. Without one, attention passes over the later
+    half and heads that share keys share one copy of them.
+    """
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     with arithmetic(model):

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+from pipeline.attention import attend_by_products
 from pipeline.errors import ExperimentError
 from pipeline.settings import Settings
 
@@ -90,6 +91,7 @@ def create(spec: ModelSpec, texts: Iterable[str], seed: int) -> tuple[Any, PreTr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attend_by_products(model)
     return model.eval(), tokenizer
 
 

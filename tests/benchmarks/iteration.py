@@ -6,11 +6,14 @@ The same 0.8M-parameter policy, trained once on demonstrations of the built-in w
 tokens to 64 prompts at temperature 1 and takes one optimizer step under GRPO with the divergence from its reference.
 Responses end by themselves, with about 45 tokens on both sides; their mean is in the table.
 
-    this      `rlhf run` of an experiment file: launcher `inline`, vLLM, every file and manifest; no evaluation
+    this      `rlhf run` of an experiment file: launcher `inline`, every file and manifest; no evaluation. It samples by
+              the engine `transformers`, as TRL does, which is the faster one for a model of this size on a CPU
+    vLLM      the same with the engine that is there for models of any size
     TRL 512   GRPOTrainer with `use_cpu` and its own generation, in an environment of its own: all rows at once
     TRL 8     the same with micro-batches of 8 rows, its default
-    stages    `this` once more, in a process whose functions are timed from outside: what an iteration consists of
-    process   `this` with a process per stage
+    stages    `this` and `vLLM` once more, in a process whose functions are timed from outside: what an iteration
+              consists of
+    process   `vLLM` with a process per stage
 
 Sides are processes of their own, in turn, on as many threads. Seconds are medians over iterations after the first:
 of `this` from the times at which manifests were written, so everything between two iterations counts, and of TRL
@@ -31,7 +34,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -98,7 +101,14 @@ warmup_steps = 0
 micro_batch_tokens = {MICRO_BATCH_TOKENS}
 """
 
-ENGINE = ("vllm.v1.engine.llm_engine:LLMEngine.step", "vllm.v1.engine.llm_engine:LLMEngine.add_request")
+ENGINES = {
+    "this": (
+        "pipeline.engines.transformers:_SampledBatch.__init__",
+        "pipeline.engines.transformers:_SampledBatch.step",
+    ),
+    "vLLM": ("vllm.v1.engine.llm_engine:LLMEngine.step", "vllm.v1.engine.llm_engine:LLMEngine.add_request"),
+}
+"""Our sides -> functions of their engine whose seconds are sampling's."""
 MODEL = ("stages.score:read", "stages.update:fit")
 WHOLE, STAGE = "flows.run:Run.do", "pipeline.stage:Stage.run"
 TERMS = {
@@ -109,17 +119,19 @@ TERMS = {
     "checkpoints: load": ("pipeline.models.checkpoint:load_policy",),
     "checkpoints: save": ("pipeline.models.checkpoint:save",),
     "tokenizers: load": ("pipeline.text:Chat.__init__",),
-    "engine: take the new weights": ("pipeline.engines.vllm:VllmEngine.load",),
+    "engine: take the new weights": (
+        "pipeline.engines.vllm:VllmEngine.load", "pipeline.engines.transformers:TransformersEngine.load",
+    ),
     "Prefect: links to artifacts": ("flows.pictures:link",),
     "Prefect: table, curves, samples": ("flows.pictures:show",),
-}
+}  # fmt: skip
 """Terms of what is neither engine nor model -> functions whose seconds they are; none calls another of them."""
 
 
 def main() -> None:
     """Run the side that is asked for; without one, all of them in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each of the two sides")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--iterations", type=int, default=6, help="of each process; the first is not counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=("stages", "TRL"), help=argparse.SUPPRESS)
@@ -149,38 +161,52 @@ def compare(asked: argparse.Namespace) -> None:
     }  # fmt: skip
     file = folder / "plan.json"
 
-    def run_ours(launcher: str, count: int) -> dict[str, Any]:
+    def run_ours(one: str, launcher: str, count: int) -> dict[str, Any]:
         name = f"measured-{launcher}"
         shutil.rmtree(root / name, ignore_errors=True)
-        changes = (f"scale.iterations={count}", f'resources.launcher="{launcher}"')
+        changes = (f"scale.iterations={count}", f'resources.launcher="{launcher}"', engine_of(one))
         words = [*ours, "--name", name, *(word for change in changes for word in ("--set", change))]
         usage = watched([sys.executable, "-m", "flows.cli", *words], asked.threads)
         return {**written(root / name, usage["began"]), **usage}
 
-    def run_side(python: Path, name: str, batch: int = 0) -> dict[str, Any]:
-        file.write_text(json.dumps({**plan, "batch": batch}), encoding="utf-8")
+    def run_side(python: Path, name: str, **more: Any) -> dict[str, Any]:
+        file.write_text(json.dumps({**plan, **more}), encoding="utf-8")
         usage = watched([python, __file__, "--side", name, "--plan", file], asked.threads)
         return {**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), **usage}
 
-    sides: dict[str, list[dict[str, Any]]] = {"this": [], **{one: [] for one in PEERS}}
     peer = environment("trl", TRL)
-    for number in range(asked.rounds):
-        sides["this"].append(run_ours("inline", asked.iterations))
-        for one, batch in PEERS.items():
-            sides[one].append(run_side(peer, "TRL", batch))
-        for one, outcomes in sides.items():
-            print(f"round {number}, {one}: {outcomes[-1]}", flush=True)
-    inside = run_side(Path(sys.executable), "stages")
-    apart = run_ours("process", 2)
-    missed = [*report(sides), *report_stages(inside), *report_process(apart, inside)]
+    turns: dict[str, Callable[[], dict[str, Any]]] = {
+        **{one: partial(run_ours, one, "inline", asked.iterations) for one in ENGINES},
+        **{one: partial(run_side, peer, "TRL", batch=batch) for one, batch in PEERS.items()},
+    }
+    sides = measured(turns, asked.rounds)
+    inside = {one: run_side(Path(sys.executable), "stages", one=one) for one in ENGINES}
+    apart = run_ours("vLLM", "process", 2)
+    missed = [*report(sides), *(line for one, of in inside.items() for line in report_stages(one, of))]
+    report_process(apart, inside["vLLM"])
     store("iteration", {"plan": {**RECIPE, "threads": asked.threads}, "sides": sides,
                         "stages": inside, "process": apart})  # fmt: skip
     verdict(missed)
 
 
+def measured(turns: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """What each side told, round after round."""
+    sides: dict[str, list[dict[str, Any]]] = {one: [] for one in turns}
+    for number in range(rounds):
+        for one, turn in turns.items():
+            sides[one].append(turn())
+            print(f"round {number}, {one}: {sides[one][-1]}", flush=True)
+    return sides
+
+
+def engine_of(one: str) -> str:
+    """What tells a run which engine the side has."""
+    return f'resources.engine="{"vllm" if one == "vLLM" else "transformers"}"'
+
+
 def report(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Print both sides of a whole iteration; the goals that are missed."""
-    print(f"\n{'':9} {'s/iteration':>12} {'first s':>8} {'tokens/response':>16} {'GB of all':>10} {'GB of one':>10}")
+    """Print all sides of a whole iteration; the goals that are missed."""
+    print(f"\n{'':14} {'s/iteration':>12} {'first s':>8} {'tokens/response':>16} {'GB of all':>10} {'GB of one':>10}")
     middle = {
         one: {
             "seconds": statistics.median(second for outcome in outcomes for second in outcome["seconds"]),
@@ -191,20 +217,22 @@ def report(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         }
         for one, outcomes in sides.items()
     }
-    for one in PEERS:
-        middle[f"/ {one}"] = {key: value / middle[one][key] for key, value in middle["this"].items()}
+    for ours in ENGINES:
+        for peer in PEERS:
+            ratio = {key: value / middle[peer][key] for key, value in middle[ours].items()}
+            middle[f"{ours} / {peer}"] = ratio
     for one, of in middle.items():
         print(
-            f"{one:9} {of['seconds']:12.2f} {of['first']:8.1f} {of['length']:16.2f} {of['together']:10.2f} "
+            f"{one:14} {of['seconds']:12.2f} {of['first']:8.1f} {of['length']:16.2f} {of['together']:10.2f} "
             f"{of['largest']:10.2f}"
         )
-    print(f"{'goal':9} {TIME:12.2f} {'':8} {'':16} {MEMORY:10.2f}")
+    print(f"{'goal':14} {TIME:12.2f} {'':8} {'':16} {MEMORY:10.2f}")
     fastest = min(PEERS, key=lambda one: middle[one]["seconds"])
     against = {"seconds": (fastest, TIME), "together": (WHOLE_BATCH, MEMORY)}
     for one in PEERS:
-        if not 0.9 < (times := middle[f"/ {one}"]["length"]) < 1.1:
+        if not 0.9 < (times := middle[f"this / {one}"]["length"]) < 1.1:
             raise SystemExit(f"responses are {times:.2f} times as long as those of {one}: not the same work")
-    ratios = {name: middle[f"/ {peer}"][name] for name, (peer, _) in against.items()}
+    ratios = {name: middle[f"this / {peer}"][name] for name, (peer, _) in against.items()}
     return [
         f"{name} {ratios[name]:.2f} of those of {peer}, not {goal}"
         for name, (peer, goal) in against.items()
@@ -212,9 +240,9 @@ def report(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-def report_stages(inside: Mapping[str, Any]) -> list[str]:
+def report_stages(one: str, inside: Mapping[str, Any]) -> list[str]:
     """Print what an iteration under `inline` consists of; the goals that are missed."""
-    print(f"\n{'inline':12} {'seconds':>8} {'engine':>8} {'model':>8} {'Prefect':>8} {'rest':>8}")
+    print(f"\n{one:12} {'seconds':>8} {'engine':>8} {'model':>8} {'Prefect':>8} {'rest':>8}")
     whole = inside["iteration"]
     for name, of in {**inside["stages"], "between": inside["between"], "iteration": whole}.items():
         rest = of["seconds"] - of["engine"] - of["model"] - of["prefect"]
@@ -223,17 +251,16 @@ def report_stages(inside: Mapping[str, Any]) -> list[str]:
     print(f"neither engine nor model: {share:.1%}, goal {REST:.0%}; of that, seconds of an iteration:")
     for name, seconds in sorted(inside["terms"].items(), key=lambda item: -item[1]):
         print(f"  {seconds:7.3f}  {name}")
-    return [f"orchestration {share:.1%} of an iteration, not {REST:.0%}"] if share > REST else []
+    return [f"{one}: orchestration {share:.1%} of an iteration, not {REST:.0%}"] if share > REST else []
 
 
-def report_process(apart: Mapping[str, Any], inside: Mapping[str, Any]) -> list[str]:
+def report_process(apart: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
     """Print the seconds of an iteration with a process per stage; there is no goal for them."""
     whole, compute = statistics.median(apart["seconds"]), inside["iteration"]["engine"] + inside["iteration"]["model"]
     print(f"\n{'process':12} {'seconds':>8} {'of start':>9}")
     for name, of in apart["stages"].items():
         print(f"{name:12} {of['wall']:8.2f} {of['wall'] - of['own']:9.2f}")
     print(f"{'iteration':12} {whole:8.2f}; {whole - compute:.2f} more than engine and model take under inline")
-    return []
 
 
 def watched(words: Sequence[str | Path], threads: int) -> dict[str, float]:
@@ -341,7 +368,7 @@ def stages(plan: Mapping[str, Any]) -> dict[str, Any]:
     marks: list[tuple[float, dict[str, dict[str, float]]]] = []
     clock.around("whole", WHOLE, lambda run, stage, *_, **__: str(stage.name))
     clock.around("stage", STAGE)
-    for name, places in {"engine": ENGINE, "model": MODEL, **TERMS}.items():
+    for name, places in {"engine": ENGINES[plan["one"]], "model": MODEL, **TERMS}.items():
         for place in places:
             clock.around(name, place)
     show = pictures.show
@@ -353,9 +380,8 @@ def stages(plan: Mapping[str, Any]) -> dict[str, Any]:
     pictures.show = mark
     root = Path(plan["root"])
     shutil.rmtree(root / "measured-stages", ignore_errors=True)
-    execute.run_experiment(
-        plan["experiment"], None, "measured-stages", [f"scale.iterations={plan['iterations']}"], str(root)
-    )
+    changes = [f"scale.iterations={plan['iterations']}", engine_of(plan["one"])]
+    execute.run_experiment(plan["experiment"], None, "measured-stages", changes, str(root))
     (began, before), (ended, after) = marks[0], marks[-1]
     count = len(marks) - 1
 

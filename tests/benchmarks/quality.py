@@ -104,6 +104,9 @@ enabled = false
 
 [data.prompts]
 artifact = "{BASE / "prompts"}"
+
+[resources]
+engine = "transformers"            # as TRL; on a CPU it is the faster one for a model of this size
 {SCALE}
 """
 """Without held-out prompts: nothing is evaluated on the clock."""
