@@ -44,9 +44,11 @@ def attention(
     nothing is repeated for them. All else is `sdpa`'s.
     """
     (rows, heads, tokens, width), (shared, seen) = query.shape, key.shape[1:3]
-    whole = attention_mask is None and tokens == seen <= SHORT and query.device.type == "cpu"
     one = tokens == 1 and (attention_mask is None or attention_mask.dtype == torch.bool)
-    if dropout or scaling is None or given.get("position_bias") is not None or not (one or whole):
+    whole = attention_mask is None and tokens == seen <= SHORT and query.device.type == "cpu"
+    whole = whole and getattr(module, "is_causal", True)
+    asked = dropout or scaling is None or any(given.get(name) is not None for name in ("is_causal", "position_bias"))
+    if asked or not (one or whole):
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **given
         )

@@ -75,9 +75,15 @@ def test_all_else_is_left_to_transformers(tokens, seen, mask):
     assert all(torch.equal(found, expected) for found, expected in zip(ours, theirs, strict=True))
 
 
-def test_dropout_is_left_to_transformers(products_only):
+@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"is_causal": False}, {"position_bias": torch.zeros(1)}])
+def test_what_products_do_not_know_is_left_to_transformers(products_only, asked):
     with pytest.raises(AssertionError, match="not by products"):
-        attention(SimpleNamespace(), *states(4, 2, 7, 7), None, scaling=1.0, dropout=0.1)
+        attention(SimpleNamespace(is_causal=True), *states(4, 2, 7, 7), None, scaling=1.0, **asked)
+
+
+def test_tokens_that_look_ahead_are_left_to_transformers(products_only):
+    with pytest.raises(AssertionError, match="not by products"):
+        attention(SimpleNamespace(is_causal=False), *states(4, 2, 7, 7), None, scaling=1.0)
 
 
 @pytest.mark.parametrize(("attends", "afterwards"), [("sdpa", NAME), ("eager", "eager")])
