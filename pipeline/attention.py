@@ -47,8 +47,8 @@ def attention(
     one = tokens == 1 and (attention_mask is None or attention_mask.dtype == torch.bool)
     whole = attention_mask is None and tokens == seen <= SHORT and query.device.type == "cpu"
     whole = whole and getattr(module, "is_causal", True)
-    asked = dropout or scaling is None or any(given.get(name) is not None for name in ("is_causal", "position_bias"))
-    if asked or not (one or whole):
+    asked = dropout or any(given.get(name) is not None for name in ("is_causal", "position_bias"))
+    if scaling is None or asked or not (one or whole):
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **given
         )
