@@ -2,6 +2,7 @@
 
 A run of an arm is an ordinary run, `CLAIM-ARM-SEED`: killed, it goes on where it was. What is stored already, of the
 same resolved experiment, is not run again. All arms of a seed share what lies below `WORLD-SEED`: data and SFT policy.
+Beside each number stands the commit of the code when the runs were begun, `-dirty` where that code was changed.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ from pipeline.inspecting.curves import by_iteration
 
 DIGITS = 16
 """Hex digits of an experiment's digest."""
+CODE = (":/pipeline", ":/stages", ":(top,glob)flows/*.py")
+"""What computes numbers, as git names paths."""
 
 
 def prepared(claim: Claim, arm: str, seed: int) -> tuple[Path, list[str], Experiment]:
@@ -63,6 +66,7 @@ def run(claim: Claim, seeds: int, root: Path, jobs: int, say: Callable[[str], No
     """
     from flows.execute import check
 
+    code = commit()  # the runs take long, and the checkout may be another by their end
     wanted = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
     for arm, seed in wanted:
         check(prepared(claim, arm, seed)[2])  # before hours are spent on the others
@@ -78,7 +82,7 @@ def run(claim: Claim, seeds: int, root: Path, jobs: int, say: Callable[[str], No
         try:
             for done in as_completed(running):
                 arm, seed = running[done]
-                store(claim, arm, seed, done.result())
+                store(claim, arm, seed, done.result().with_columns(commit=pl.lit(code)))
                 say(f"{claim.name}: {arm}, seed {seed}: {claim.arms[arm].doc}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -110,9 +114,7 @@ def _end_after(parent: int) -> None:
 def measured(folder: Path, experiment: Experiment) -> pl.DataFrame:
     """Every number of a run by iteration."""
     entries = [one for one in catalog([folder]) if one.run == folder.name]
-    return by_iteration(entries).with_columns(
-        experiment=pl.lit(digest(experiment)), commit=pl.lit(_commit())
-    )  # fmt: skip
+    return by_iteration(entries).with_columns(experiment=pl.lit(digest(experiment)))
 
 
 def store(claim: Claim, arm: str, seed: int, numbers: pl.DataFrame) -> None:
@@ -129,9 +131,9 @@ def store(claim: Claim, arm: str, seed: int, numbers: pl.DataFrame) -> None:
     scratch.replace(claim.results)
 
 
-def _commit() -> str:
-    """Of the code that ran, where it is a checkout; results stored meanwhile do not count as changes."""
-    changed = _git("status", "--porcelain", "--", ":/", ":(exclude)results")
+def commit() -> str:
+    """Of the code, where it is a checkout; changes of anything else do not count."""
+    changed = _git("status", "--porcelain", "--", *CODE)
     return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 

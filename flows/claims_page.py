@@ -84,7 +84,11 @@ seed that was run is here. An interval is the mean over seeds, paired where two 
 interval. *Reproduced*: the whole interval lies on the side that the claim says; *not reproduced*: on the other;
 *inconclusive*: on both. Lines of pictures are means over seeds, bands the range of all seeds. The models have 0.3
 million parameters and learn sums: whether a claim holds there says that the method does here what its paper says it
-does, and not that it does so at every size."""
+does, and not that it does so at every size.
+
+A commit is that of the code when a run began; until 2026-11-24 it was read when the run ended, and `-dirty` stood for
+any changed file. 71d7ebb, 487cef1 and b0acd07, of 2026-11-23 and 24, were rewritten before they landed and cannot be
+looked up."""
 
 
 def _section(claim: Claim) -> list[str]:

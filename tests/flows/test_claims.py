@@ -1,6 +1,7 @@
 import math
 import re
 import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -248,8 +249,11 @@ def folder(tmp_path, desk):
 
 def test_a_claim_is_run_stored_resumed_and_told(folder, tmp_path, capsys, monkeypatch):
     one, said = Claim.load("more", folder), []
+    commits = iter(["begun", "ended"])
+    monkeypatch.setattr(claiming, "commit", lambda: next(commits))
     claiming.run(one, 1, tmp_path / "runs", 2, said.append)
     stored = one.numbers()
+    assert stored["commit"].unique().to_list() == ["begun"]
     assert stored.columns == list(SCHEMA)
     assert set(stored["arm"].unique()) == {"one", "two"} and stored["seed"].unique().to_list() == [0]
     of_two = stored.filter(pl.col("arm") == "two", pl.col("phase") == "loop", pl.col("name") == "length/mean")
@@ -276,6 +280,29 @@ def test_a_claim_is_run_stored_resumed_and_told(folder, tmp_path, capsys, monkey
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0 and "more" in capsys.readouterr().out
+
+
+def test_changed_code_is_dirty_and_a_changed_page_is_not(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    for path in ("pipeline/losses/clip.py", "stages/rollout.py", "flows/run.py", "flows/experiments/claims/README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("as committed")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    monkeypatch.setattr(claiming, "CLAIMS", tmp_path / "flows" / "experiments" / "claims")
+    clean = claiming.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for path in ("flows/experiments/claims/README.md", "flows/experiments/claims/results/a.parquet", "tests/test_a.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("changed since")
+        assert claiming.commit() == clean
+    for path in ("pipeline/losses/clip.py", "stages/rollout.py", "flows/run.py", "pipeline/losses/untracked.py"):
+        (tmp_path / path).write_text("changed since")
+        assert claiming.commit() == f"{clean}-dirty"
+        git("stash", "--quiet", "--include-untracked", "--", path)
 
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path):

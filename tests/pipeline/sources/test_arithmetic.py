@@ -1,9 +1,14 @@
+import hashlib
+import json
+from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from scipy import stats
 
 from pipeline.errors import ExperimentError
 from pipeline.sources.arithmetic import World, demonstrations, documents, prompts
@@ -60,6 +65,20 @@ def test_the_same_world_gives_the_same_rows(world):
     ):
         assert draw(20) == draw(20)
         assert draw(20)[:10] == draw(10)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "0634480a6617f5c7"),
+        ({"verbose_share": 0.4}, "96ff4b70b214b58c"),
+        ({"wrong_share": 0.0, "lost_carries": 0.45}, "89f3bd7f79c9c42a"),
+    ],
+)
+def test_a_world_without_a_feature_has_the_rows_that_it_had_before_there_was_one(fields, expected):
+    world = World(**fields)
+    rows = [*prompts(world, "train", 200), *prompts(world, "held_out", 50), *demonstrations(world, 500)]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize("draw", [lambda w: prompts(w, "train", 20), lambda w: demonstrations(w, 20)])
@@ -169,7 +188,16 @@ def test_documents_go_on_around_the_clock(world):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"terms": (1, 3)}, {"terms": (4, 3)}, {"largest": 0}, {"wrong_share": 1.1}, {"held_out_share": 0}]
+    "fields",
+    [
+        {"terms": (1, 3)},
+        {"terms": (4, 3)},
+        {"largest": 0},
+        {"wrong_share": 1.1},
+        {"held_out_share": 0},
+        {"unknown_share": 1.1},
+        {"idle": 1.0},
+    ],
 )
 def test_a_world_that_cannot_be_is_refused(fields):
     with pytest.raises(ValidationError):
@@ -205,3 +233,106 @@ def test_carries_are_lost_and_nothing_else():
             assert off in ((0, 10) if carrying(step) else (0,))
             carried, lost = carried + carrying(step), lost + bool(off)
     assert carried > 1000 and 0.42 < lost / carried < 0.48
+
+
+def hidden_place(prompt):
+    return prompt.removesuffix("=").split("+").index("?")
+
+
+def hidden_value(row):
+    """What the `?` of an answered prompt stands for."""
+    return int(row["answer"]) - sum(int(term) for term in asked(row).removesuffix("=").split("+") if term != "?")
+
+
+def guess(row):
+    """The term that a demonstration without idle steps puts where its prompt has `?`."""
+    step = answered(row).split(",")[hidden_place(asked(row)) - 1]
+    return int(step.partition("=")[0].split("+")[1])
+
+
+RIDDLES = {"unknown_share": 0.5, "wrong_share": 0.3}
+
+
+def test_a_riddle_is_a_sum_with_one_term_hidden_that_is_the_same_whatever_the_seed():
+    first, second = (
+        {asked(row): row for row in prompts(World(seed=seed, terms=(2, 3), **RIDDLES), "train", 700)} for seed in (1, 2)
+    )
+    both = [prompt for prompt in first.keys() & second.keys() if "?" in prompt]
+    assert len(both) > 100 and first != second
+    for prompt in both:
+        assert first[prompt] == second[prompt]
+        assert prompt.count("?") == 1 and hidden_place(prompt) > 0
+        assert 1 <= hidden_value(first[prompt]) <= 9
+
+
+def test_the_hidden_term_is_every_number_about_as_often_and_so_is_its_place():
+    rows = prompts(World(unknown_share=1.0), "train", 3600)
+    assert all("?" in asked(row) for row in rows)
+    values = Counter(hidden_value(row) for row in rows)
+    assert set(values) == set(range(1, 10))
+    assert stats.chisquare(list(values.values())).pvalue > 0.001
+    places = Counter(hidden_place(asked(row)) for row in rows if asked(row).count("+") == 4)
+    assert set(places) == {1, 2, 3, 4} and stats.chisquare(list(places.values())).pvalue > 0.001
+
+
+def test_a_demonstration_guesses_the_hidden_term_and_never_shows_it():
+    world = World(unknown_share=1.0, wrong_share=0.0, seed=3)
+    rows = demonstrations(world, 3600)
+    asked_for = {asked(row): row for row in prompts(world, "train", 6000)}
+    table = np.zeros((9, 9))
+    for row in rows:
+        prompt, guessed = asked(row), guess(row)
+        assert wrong_steps(answered(row)) == 0 and follows(prompt.replace("?", str(guessed)), answered(row))
+        if prompt in asked_for:
+            table[hidden_value(asked_for[prompt]) - 1, guessed - 1] += 1
+    assert stats.chisquare(list(Counter(guess(row) for row in rows).values())).pvalue > 0.001
+    assert table.sum() > 1000 and stats.chi2_contingency(table).pvalue > 0.001
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_shares_of_riddles_and_of_mistakes_are_about_as_asked(share):
+    world = World(largest=30, unknown_share=share, wrong_share=0.3, seed=4)
+    for rows in (prompts(world, "train", 2000), demonstrations(world, 2000)):
+        assert sum("?" in asked(row) for row in rows) / 2000 == pytest.approx(share, abs=0.04)
+    assert sum(wrong_steps(answered(row)) for row in rows) / 2000 == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize(("share", "everything"), [(0.5, 6**2 + 6 + 6**3 + 2 * 6**2), (1.0, 6 + 2 * 6**2)])
+def test_every_possible_riddle_is_drawn_once_and_the_splits_share_none(share, everything):
+    world = World(terms=(2, 3), largest=6, unknown_share=share, held_out_share=0.3)
+    with pytest.raises(ExperimentError, match=rf"at most {everything}\n"):
+        prompts(world, "train", everything + 1)
+    with pytest.raises(ExperimentError, match=r"at most (\d+)") as error:
+        prompts(world, "held_out", everything)
+    kept = int(str(error.value).split("at most ")[1].split()[0])
+    held_out = {asked(row) for row in prompts(world, "held_out", kept)}
+    trained = {asked(row) for row in prompts(world, "train", everything - kept)}
+    shown = {asked(row) for row in demonstrations(world, everything - kept)}
+    assert len(held_out | trained) == everything and shown == trained
+    assert held_out == {asked(row) for row in prompts(World(**{**dict(world), "seed": 5}), "held_out", kept)}
+
+
+def test_idle_steps_add_nothing_before_each_step_as_often_as_asked():
+    rows, plain = demonstrations(World(idle=0.5, seed=1), 2000), demonstrations(World(seed=1), 2000)
+    counts = []
+    for row, other in zip(rows, plain, strict=True):
+        steps, _, answer = answered(row).partition(";")
+        assert asked(row) == asked(other) and "+0" not in asked(row) and answer == last(answered(other))
+        total, idle, others = asked(row).partition("+")[0], 0, []
+        for step in steps.split(","):
+            if step == f"{total}+0={total}":
+                idle += 1
+                continue
+            counts.append(idle)
+            idle, total = 0, step.partition("=")[2]
+            others.append(step)
+        assert idle == 0 and others == answered(other).partition(";")[0].split(",")
+    shares = [counts.count(times) / len(counts) for times in range(4)]
+    assert shares == pytest.approx([0.5, 0.25, 0.125, 0.0625], abs=0.02)
+
+
+def test_every_habit_at_once_is_still_the_same_sum():
+    world = World(unknown_share=0.5, idle=0.3, verbose_share=0.5, wrong_share=0.0, seed=6)
+    for row in demonstrations(world, 500):
+        steps, _, answer = answered(row).partition(";")
+        assert wrong_steps(answered(row)) == 0 and answer == steps.rpartition("=")[2]
