@@ -333,6 +333,10 @@ class Resources(Settings):
     """Of the sampler."""
     tensor_parallel: int = Field(1, ge=1)
     """Devices that share the weights of one vLLM; several such engines are workers of a cluster (launcher `ray`)."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes, weights included; what it has beyond them it fills with its cache."""
+    max_num_seqs: int = Field(512, ge=1)
+    """Responses that an engine has in flight at once."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the layers in training and scoring; weights, gradients and moments stay float32."""
     recompute: bool = False

@@ -16,7 +16,16 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline import ragged
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import POLICY, PROMPTS, ROLLOUTS
-from pipeline.engines import ENGINES, GREEDY, Completion, Engine, EngineOptions, Sampling, check_beams, open_engine
+from pipeline.engines import (
+    ENGINES,
+    GREEDY,
+    Completion,
+    Engine,
+    EngineOptions,
+    Sampling,
+    check_beams,
+    open_engine,
+)
 from pipeline.errors import ArtifactError, ContractError, EngineError
 from pipeline.experiment import Experiment
 from pipeline.journal import NOWHERE, Journal
@@ -34,6 +43,26 @@ def known_engine(name: str) -> str:
     if name not in ENGINES:
         raise ValueError(f"no engine is called {name!r}; there are: {', '.join(ENGINES)}")
     return name
+
+
+FOR_DEVICES = ("tensor_parallel", "gpu_memory_utilization", "max_num_seqs")
+"""Settings that an engine's options, a stage's settings and `resources` have by one name."""
+LATER = ("gpu_memory_utilization", "max_num_seqs")
+"""Settings that rollouts have been made without: those stay the same computation where the settings say nothing."""
+
+
+class Sparse(dict[str, Any]):
+    """A table that is written without some of its entries; whoever asks for one by name finds it."""
+
+    def __init__(self, whole: Mapping[str, Any], unsaid: Collection[str]) -> None:
+        super().__init__((name, value) for name, value in whole.items() if name not in unsaid)
+        self._unsaid = {name: whole[name] for name in unsaid}
+
+    def __missing__(self, name: str) -> Any:
+        return self._unsaid[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._unsaid
 
 
 class Settings(StageSettings):
@@ -69,6 +98,10 @@ class Settings(StageSettings):
     """Arithmetic of the engine; `auto` takes what the checkpoint names."""
     tensor_parallel: int = Field(1, ge=1)
     """Devices that share one engine's weights."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory for vLLM's weights and cache."""
+    max_num_seqs: int = Field(512, ge=1)
+    """Responses in flight at once."""
     seed: int = 0
     """Of the run."""
     draw: str = "0"
@@ -88,9 +121,17 @@ class Settings(StageSettings):
         return {
             "group_size": plan.group_size, "temperature": plan.temperature, "top_p": plan.top_p, "top_k": plan.top_k,
             "greedy": plan.greedy, "prompt_tokens": scale.prompt_tokens, "response_tokens": scale.response_tokens,
-            "engine": resources.engine, "dtype": resources.dtype,
-            "tensor_parallel": resources.tensor_parallel, "seed": experiment.seed,
+            "engine": resources.engine, "seed": experiment.seed,
+            **{name: getattr(resources, name) for name in ("dtype", *FOR_DEVICES)},
         }  # fmt: skip
+
+    def model_dump(self, **how: Any) -> dict[str, Any]:
+        """As ever; but what came later than the first rollouts is left out at its default, and so is in no fingerprint.
+
+        Asked for by name it is there.
+        """
+        said = super().model_dump(**how)
+        return Sparse(said, {name for name in LATER if said.get(name) == type(self).model_fields[name].default})
 
 
 @dataclass(frozen=True)
@@ -351,7 +392,8 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
 
 
 def _options(settings: Settings, longest: int) -> EngineOptions:
-    return EngineOptions(dtype=settings.dtype, max_model_len=longest, tensor_parallel=settings.tensor_parallel)
+    chosen = {name: getattr(settings, name) for name in FOR_DEVICES}
+    return EngineOptions(dtype=settings.dtype, max_model_len=longest, **chosen)
 
 
 def _dated(table: pa.Table, staleness: int | None) -> pa.Table:

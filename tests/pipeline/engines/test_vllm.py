@@ -206,6 +206,16 @@ def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, m
     assert "engine asleep: 71.2 -> 3.5 GB" in told and "engine awake: 3.5 -> 71.2 GB" in told
 
 
+def test_options_are_what_vllm_is_built_with(build, checkpoints):
+    engine = build("vllm", max_num_seqs=7, gpu_memory_utilization=0.35)
+    engine.load(checkpoints["untied_a"])
+    config = engine._llm.llm_engine.vllm_config
+    engine.close()
+    assert config.scheduler_config.max_num_seqs == 7
+    assert config.cache_config.gpu_memory_utilization == 0.35
+    assert config.parallel_config.tensor_parallel_size == 1
+
+
 SHARED = """
     import json, sys
     from pathlib import Path
