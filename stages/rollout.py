@@ -22,6 +22,7 @@ from pipeline.engines import (
     Completion,
     Engine,
     EngineOptions,
+    Memory,
     Sampling,
     check_beams,
     open_engine,
@@ -276,6 +277,8 @@ class Sampler:
     """What the rows' log-probabilities mean."""
     journals: Path | None
     """Where finished groups are kept; None: nowhere, a shard is done again from its beginning."""
+    memory: Memory | None = None
+    """What the engine's going to sleep here freed, once it has and where it knows."""
 
     @cached_property
     def engine(self) -> Engine:
@@ -307,7 +310,7 @@ class Sampler:
     def rest(self) -> None:
         """Give the accelerator's memory back."""
         if "engine" in vars(self) and not self.engine.closed:
-            self.engine.sleep()
+            self.memory = self.engine.sleep()
 
     def _rows(self, asked: Sequence[Asked], journal: Journal) -> Sampled:
         places = {one.prompt_id: place for place, one in enumerate(asked)}
@@ -388,7 +391,17 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         new += sum(one.tokens for one in made)
     if new:
         out.metrics.add("speed/tokens_per_second", new / (time.monotonic() - started), "tokens/s")
+    _remember(out, sampler.memory)
     _measure(out, too_long, settings.first + len(asked))
+
+
+def _remember(out: Outbox, memory: Memory | None) -> None:
+    """What the engine's devices held while it was awake, and what of that its sleep leaves to those who train."""
+    if memory is None:
+        return
+    out.metrics.add("memory/engine_awake", memory.awake, "GB")
+    out.metrics.add("memory/engine_asleep", memory.asleep, "GB")
+    out.log(f"engine asleep: {memory.awake:.1f} -> {memory.asleep:.1f} GB in use on its devices")
 
 
 def _options(settings: Settings, longest: int) -> EngineOptions:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -114,6 +114,15 @@ class Completion:
     """Of this response: its prompt's seed plus `sample`, and the prompt's seed itself for what is not drawn."""
 
 
+class Memory(NamedTuple):
+    """Memory in use on an engine's devices, all of them together and by anybody. [GB]"""
+
+    awake: float
+    """Before the engine went to sleep."""
+    asleep: float
+    """After that."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Samples responses from a policy checkpoint.
@@ -142,8 +151,11 @@ class Engine(Protocol):
         """What the log-probabilities depend on: engine, version, dtype, logprobs_mode."""
         ...
 
-    def sleep(self) -> None:
-        """Give accelerator memory back; the next `generate` or `load` takes it again."""
+    def sleep(self) -> Memory | None:
+        """Give accelerator memory back; the next `generate` or `load` takes it again.
+
+        What that freed, where the engine knows: None without an accelerator, and for one that is asleep already.
+        """
         ...
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from pipeline.engines import (
     GREEDY,
     Completion,
     EngineOptions,
+    Memory,
     Sampling,
     check_request,
     ensure_open,
@@ -160,13 +161,18 @@ class VllmEngine:
             "logprobs_mode": "processed_logprobs",
         }
 
-    def sleep(self) -> None:
+    def sleep(self) -> Memory | None:
         """Free the GPU's weights and cache; on a CPU there is little to free, and vLLM cannot."""
         ensure_open(self)
-        if ON_GPU and self._llm is not None and not self._asleep:
-            with fatal(self, "going to sleep"), _told("asleep"), _quiet():
-                self._llm.sleep(level=2)
-                self._asleep = True
+        if not ON_GPU or self._llm is None or self._asleep:
+            return None
+        with fatal(self, "going to sleep"), _quiet():
+            awake = self._in_use()
+            self._llm.sleep(level=2)
+            self._asleep = True
+            asleep = self._in_use()
+        _tell("asleep", awake, asleep)
+        return Memory(awake, asleep)
 
     def close(self) -> None:
         """Shut the engine down."""
@@ -227,13 +233,21 @@ class VllmEngine:
 
     def _reload(self, checkpoint: Path, layout: dict[str, Any]) -> None:
         if self._asleep:
-            with _told("awake"), _quiet():
+            with _quiet():
+                asleep = self._in_use()
                 self._llm.wake_up()
+                awake = self._in_use()
             self._asleep = False
+            _tell("awake", asleep, awake)
         with _quiet():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(checkpoint, layout)})
             if not self._llm.reset_prefix_cache():
                 raise EngineError("vLLM did not reset its prefix cache")
+
+    def _in_use(self) -> float:
+        """Gigabytes in use on its devices: of several, each is another process's, and asked there."""
+        found: list[float] = self._llm.collective_rpc(_in_use)
+        return sum(found)
 
     def _stale(self, checkpoint: Path) -> str:
         """Name the first module whose weights are not the checkpoint's; empty when all of them are."""
@@ -336,15 +350,12 @@ class VllmEngine:
         return name
 
 
-@contextlib.contextmanager
-def _told(state: str) -> Iterator[None]:
-    """Say how much of the GPU's memory is in use, by anybody, before the engine changes its state and after."""
-    before = _in_use()
-    yield
-    console.line(f"  engine {state}: {before:.1f} -> {_in_use():.1f} GB of the GPU's memory in use")
+def _tell(state: str, before: float, after: float) -> None:
+    console.line(f"  engine {state}: {before:.1f} -> {after:.1f} GB in use on its devices")
 
 
-def _in_use() -> float:
+def _in_use(worker: Any) -> float:
+    """Gigabytes in use, by anybody, on the device of this process: that of one of vLLM's workers."""
     free, total = torch.cuda.mem_get_info()
     return float(total - free) / 1e9
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import engines
 from pipeline.artifacts import Artifact, Outbox, fingerprint_of
 from pipeline.contracts import PROMPTS
-from pipeline.engines import Completion, Sampling
+from pipeline.engines import Completion, Memory, Sampling
+from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
 from pipeline.experiment import Experiment
@@ -499,6 +500,19 @@ def test_a_process_of_its_own_gets_an_engine_s_size(given, asked, prompts, polic
     assert ("max_num_seqs=24" in words) == (asked == 24 and not given)
     assert ("max_num_seqs=512" in words) == (asked == 512 and bool(given))
     assert rollout.command(tmp_path / "out", settings, **paths).count(f"max_num_seqs={asked}") == 1
+
+
+def test_what_an_engine_s_sleep_frees_is_measured(five, scripted, sampling, tmp_path, numbers, monkeypatch):
+    """There is no accelerator here, and engines say nothing of one."""
+    policy, settings = scripted({"*": ["1"]}), sampling(engine="scripted", group_size=1)
+    without = rollout.run(tmp_path / "without", settings, prompts=five.path, policy=policy)
+    monkeypatch.setattr(ScriptedEngine, "sleep", lambda engine: Memory(awake=71.25, asleep=3.5))
+    made = rollout.run(tmp_path / "out", settings, prompts=five.path, policy=policy)
+    assert made.manifest.digest == without.manifest.digest
+    assert not {name for name, _ in numbers(without) if name.startswith("memory/")}
+    assert numbers(made)["memory/engine_awake", 0] == 71.25
+    assert numbers(made)["memory/engine_asleep", 0] == 3.5
+    assert "engine asleep: 71.2 -> 3.5 GB" in (made.path / "log.txt").read_text()
 
 
 def test_what_gates_look_at(five, scripted, sampling, tmp_path, numbers):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import engines
-from pipeline.engines import Sampling
+from pipeline.engines import Memory, Sampling
 from pipeline.engines.vllm import CPU_BATCH_TOKENS, _completions
 from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
@@ -195,11 +195,11 @@ def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, m
     before = [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)]
     asked, used = [], iter([71.25, 3.5, 3.5, 71.25])
     monkeypatch.setattr(engines.vllm, "ON_GPU", True)
-    monkeypatch.setattr(engines.vllm, "_in_use", lambda: next(used))
+    monkeypatch.setattr(engines.vllm, "_in_use", lambda worker: next(used))
     monkeypatch.setattr(engine._llm, "sleep", lambda level: asked.append(f"sleep {level}"))
     monkeypatch.setattr(engine._llm, "wake_up", lambda: asked.append("wake up"))
-    engine.sleep()
-    engine.sleep()
+    assert engine.sleep() == Memory(awake=71.25, asleep=3.5)
+    assert engine.sleep() is None
     assert [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)] == before
     assert asked == ["sleep 2", "wake up"]
     told = capsys.readouterr().err
@@ -222,19 +222,21 @@ SHARED = """
 
     import psutil
 
-    from pipeline.engines import EngineOptions, Sampling
+    from pipeline.engines import EngineOptions, Sampling, vllm
     from pipeline.engines.vllm import VllmEngine
 
     if __name__ == "__main__":
         engine = VllmEngine(EngineOptions(dtype="float32", max_model_len=320, max_num_seqs=64, tensor_parallel=2))
+        vllm._in_use = lambda worker: 2.0 + worker.rank
         said = []
         for checkpoint in sys.argv[1:]:
             engine.load(Path(checkpoint))
             plan = Sampling(group_size=2, max_tokens=8, stop_ids=(1,))
             said.append([[c.sample, c.tokens, c.logprobs] for c in engine.generate([[5, 6]], [1], plan)])
         processes = len(psutil.Process().children(recursive=True))
+        in_use = engine._in_use()
         engine.close()
-        print(json.dumps({"said": said, "processes": processes}))
+        print(json.dumps({"said": said, "processes": processes, "in_use": in_use}))
 """
 
 
@@ -250,6 +252,7 @@ def test_two_processes_that_share_the_weights_say_what_one_says(loaded, checkpoi
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["processes"] >= 2
+    assert told["in_use"] == 2.0 + 3.0  # on a CPU there is nothing to ask of the two, but for who they are
     for name, said in zip(names, told["said"], strict=True):
         one = {c.sample: c for c in loaded("vllm", name).generate([[5, 6]], [1], PLAN)}
         assert {sample: tokens for sample, tokens, _ in said} == {sample: c.tokens for sample, c in one.items()}
