@@ -27,6 +27,11 @@ WEIGHTS = ".safetensors"
 """How files end that are fetched only when they are read."""
 MIRRORS = "RLHF_MIRRORS"
 """Environment variable with the directory of the mirrors."""
+PACKAGES = {
+    "s3": "'rlhf-stages[s3]'", "s3a": "'rlhf-stages[s3]'",
+    "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
+}  # fmt: skip
+"""Scheme of a URL -> what pip is told to install for it, where it is not fsspec's own."""
 SCRATCH = ".part-"
 """How the names begin of what is not finished."""
 _LINK = ".link"
@@ -200,7 +205,9 @@ def _reached(path: Path) -> Iterator[tuple[Any, str] | None]:
     except PipelineError:
         raise
     except ImportError as error:
-        raise StorageError(f"cannot reach it: {error}", url, "pip install 'rlhf-stages[s3]'") from error
+        package = PACKAGES.get(url.partition("://")[0])
+        do = f"pip install {package}" if package else "install what it names; or take another kind of storage"
+        raise StorageError(f"cannot reach it: {error}", url, do) from error
     except Exception as error:  # every cloud has errors of its own
         raise StorageError(
             f"cannot reach it: {str(error).strip() or type(error).__name__}", url,
