@@ -10,7 +10,7 @@ from flows.feedback import candidate_sampling, needs_reward_model, ranks_again, 
 from flows.forking import branch
 from flows.foundations import foundations
 from flows.online import online
-from flows.planning import memory, refuse_what_cannot_fit
+from flows.planning import here, refuse_what_cannot_fit
 from flows.promotion import settle
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
 from flows.tasks import as_task
@@ -133,7 +133,7 @@ def run_experiment(
     `wait` for it.
     """
     resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
-    refuse_what_cannot_fit(resolved, memory())
+    memory = refuse_what_cannot_fit(resolved, here())
     place = storage.place(root)
     finished(resolved, place)  # a place taken by another computation is told before anything is written
     run = Run(resolved, place, as_task, console.line, settle, _tell)
@@ -143,6 +143,7 @@ def run_experiment(
         console.line(
             f"{resolved.name}: recipe {resolved.recipe.name}, {resolved.scale.iterations} iterations, in {run.folder}"
         )
+        console.line(memory)
         try:
             outcome = walk(run, at_most)
         finally:  # what a run that stopped has measured is to be seen as well
