@@ -8,18 +8,21 @@ beyond rounding. With one process nothing here does anything.
 A rank that has no micro-batch left reads one again and counts it for nothing: gathering the weights takes all.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline.errors import ExperimentError
 from pipeline.models.device import device
 from pipeline.ranks import count, rank
 
@@ -29,13 +32,14 @@ Found = TypeVar("Found")
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the ranks that torchrun started."""
+    """Be one of the ranks that torchrun started. Raises `ExperimentError` where this machine has no GPU for each."""
     if count() == 1 or dist.is_initialized():
         yield
         return
-    place = device()
-    # Objects travel by gloo, tensors of a GPU by NCCL.
-    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo"
+    if device().type == "cuda":
+        torch.cuda.set_device(card_of(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+        backend = "cpu:gloo,cuda:nccl"  # objects travel by gloo, tensors of a GPU by NCCL
     dist.init_process_group(backend)
     try:
         yield
@@ -44,9 +48,19 @@ def joined() -> Iterator[None]:
         _mesh.cache_clear()
 
 
+def card_of(number: int, cards: int) -> int:
+    """The GPU, of so many in this machine, that its process of that number computes on: bare `cuda` means it there."""
+    if number >= cards:
+        raise ExperimentError(
+            f"torchrun started a process number {number} here, counted from 0, and this machine has {cards} GPUs",
+            "resources.torchrun", f"--nproc-per-node={cards}, or auto",
+        )  # fmt: skip
+    return number
+
+
 @cache
-def _mesh() -> DeviceMesh:
-    return init_device_mesh(device().type, (count(),))
+def _mesh(kind: str) -> DeviceMesh:
+    return init_device_mesh(kind, (count(),))
 
 
 def told(word: Found | None) -> Found | None:
@@ -68,16 +82,19 @@ def everybody(word: Found) -> list[Found]:
 
 
 def shard(model: Any) -> Any:
-    """Put a model on this process's device, and its weights on all ranks: a group per layer, the rest together."""
-    model = model.to(device())
+    """Put a model on this process's device, and its weights on all ranks: a group per layer, the rest together.
+
+    A device never holds more than its share and one group: `fully_shard` moves a group, buffers included, as it shards.
+    """
     if count() == 1:
-        return model
+        return model.to(device())
+    mesh = _mesh(device().type)
     whole_layers = set(model._no_split_modules or ())  # transformers has no public name for them
     for module in model.modules():
         if type(module).__name__ in whole_layers:
-            fully_shard(module, mesh=_mesh())
+            fully_shard(module, mesh=mesh)
     # What the last pass gathered of the rest stays until it is released: the head is called after the pass.
-    fully_shard(model, mesh=_mesh())
+    fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -120,6 +137,16 @@ def like(found: Tensor, of: Tensor) -> Tensor:
         return distribute_tensor(found.to(of.device), of.device_mesh, of.placements, src_data_rank=None)
     return DTensor.from_local(
         found.to(of.device), of.device_mesh, of.placements, shape=of.shape, stride=of.stride(), run_check=False
+    )
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Room in the host's memory for a tensor, or for this rank's share of it, laid out as that is."""
+    room = torch.empty_like(own(tensor.detach()), device="cpu")
+    if not isinstance(tensor, DTensor):
+        return room
+    return DTensor.from_local(
+        room, _mesh("cpu"), tensor.placements, shape=tensor.shape, stride=tensor.stride(), run_check=False
     )
 
 

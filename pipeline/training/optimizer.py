@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.errors import ArtifactError, ExperimentError
-from pipeline.models.distributed import gathered, like, own
-from pipeline.ranks import count, rank
+from pipeline.errors import ArtifactError
+from pipeline.models.distributed import gathered, like, on_host, own
+from pipeline.ranks import rank
 from pipeline.training.progress import UNREADABLE, State, write_tensors
 
 TRAINER = "trainer"
@@ -32,15 +32,10 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float, *, offloa
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101); norms and biases (one dimension) do not decay.
 
     With `offload` its moments stay in the host's memory, and it steps there: weights and gradients travel at each step.
-    Raises `ExperimentError` for that on several processes, which share the moments among their devices.
+    On several processes each does so with its share.
     """
-    if offload and count() > 1:
-        raise ExperimentError(
-            f"offload, and {count()} processes share the moments already", "resources.offload",
-            "take one of the two out",
-        )  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
-    stepped = [torch.empty_like(p, device="cpu") for p in trained] if offload else trained
+    stepped = [on_host(p) for p in trained] if offload else trained
     decaying, others = ([p for p in stepped if (p.dim() > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
@@ -55,15 +50,15 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float, *, offloa
 def _fetch(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Have the device's weights and gradients in the host's copies."""
     for weights, host in pairs:
-        host.copy_(weights)
-        host.grad = None if weights.grad is None else weights.grad.to("cpu", copy=True)
+        own(host).copy_(own(weights))
+        host.grad = None if weights.grad is None else like(own(weights.grad).to("cpu", copy=True), host)
 
 
 @torch.no_grad()
 def _bring(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Give the device the weights that were stepped."""
     for weights, host in pairs:
-        weights.copy_(host)
+        own(weights).copy_(own(host))
         weights.grad = host.grad = None
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import load_file
 from pipeline.algorithms.recipe import Recipe
 from pipeline.artifacts import Artifact
 from pipeline.contracts import ADVANTAGES, DOCUMENTS, RANKINGS
-from pipeline.errors import ContractError
+from pipeline.errors import ContractError, ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.launch import launch
+from pipeline.models.checkpoint import load_policy
+from pipeline.models.device import device
+from pipeline.models.distributed import card_of
 from pipeline.training.averaging import FOLDER as AVERAGE
 from stages.label import Settings as LabelSettings
 from stages.label import label
@@ -34,7 +37,9 @@ from stages.update import update
 from stages.value import Settings as ValueSettings
 from stages.value import value
 
-TRAINED = ["sft", "reward", "pretraining", "value", "one step", "three steps", "adapters"]
+TRAINED = [
+    "sft", "reward", "pretraining", "value", "one step", "three steps", "going on", "moments aside", "adapters"
+]  # fmt: skip
 EXPERIMENT = Path(__file__).parents[2] / "flows" / "experiments" / "arithmetic.toml"
 TOLERANCE = 1e-5
 ROWS = 23
@@ -55,18 +60,39 @@ def begun(command):
 
 EVERY_STAGE = """
 import importlib, json, sys
-from pipeline.models.distributed import joined
+from pathlib import Path
+from pipeline.models.checkpoint import load_policy
+from pipeline.models.distributed import everybody, joined, own, shard
+from pipeline.ranks import rank
+
+room = Path(sys.argv[1])
+
+def placed(policy):
+    model = shard(load_policy(policy, "float32"))
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "devices": sorted({own(tensor).device.type for tensor in tensors}),
+        "held": everybody(sum(own(weights).numel() for weights in model.parameters())),
+    }
 
 with joined():
-    for module, name, *words in json.load(open(sys.argv[1])):
+    for module, name, *words in json.loads((room / "asked.json").read_text()):
         getattr(importlib.import_module(module), name).main(words)
+    told = placed(Path(sys.argv[2]))
+    if rank() == 0:
+        (room / "placed.json").write_text(json.dumps(told))
 """
 
 
 @pytest.fixture(scope="module")
-def pairs(plans, tmp_path_factory):
+def ranks_room(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def pairs(plans, policy, ranks_room):
     """Name -> the artifact of one process, and that of two; those two make all of them, one after the other."""
-    room = tmp_path_factory.mktemp("ranks")
+    room = ranks_room
     alone, asked = {}, []
     for name, (stage, settings, inputs) in plans.items():
         alone[name] = stage.run(room / f"{name}-1", settings, **inputs)
@@ -74,7 +100,7 @@ def pairs(plans, tmp_path_factory):
         asked.append([module, stage.name, *words])
     (room / "asked.json").write_text(json.dumps(asked))
     (room / "every_stage.py").write_text(EVERY_STAGE)
-    with begun([*TORCHRUN, str(room / "every_stage.py"), str(room / "asked.json")]) as process:
+    with begun([*TORCHRUN, str(room / "every_stage.py"), str(room), str(policy.path)]) as process:
         said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]
     assert said.count("  digest ") == len(plans), "rank 0 alone speaks"
@@ -146,7 +172,7 @@ def rankings(by_hand):
 
 
 @pytest.fixture(scope="module")
-def plans(sft_settings, demonstrations, documents, rankings, policy, other_policy, rollouts, written):
+def plans(sft_settings, demonstrations, documents, rankings, policy, other_policy, rollouts, written, tmp_path_factory):
     """Name -> stage, settings and inputs; steps of uneven size, cut into many micro-batches."""
     small = {"micro_batch_tokens": 64, "learning_rate": 1e-3}
     looking = {"epochs": 3, "batch": 6, "tokens": 32, "held_out_share": 0.25, "check_every": 2}
@@ -170,6 +196,10 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
         )
 
     critic = {"advantages": responses.path, "policy": policy.path}
+    stepped = update.run(
+        tmp_path_factory.mktemp("stepped") / "policy", improvement(1), **critic, documents=documents.path
+    )
+    further = {"advantages": old.path, "policy": stepped.path, "documents": documents.path}
     return {
         "sft": (
             sft, sft_settings(epochs=6, batch=7, documents_share=0.2, save_every=5, **small),
@@ -190,6 +220,8 @@ def plans(sft_settings, demonstrations, documents, rankings, policy, other_polic
             update, improvement(3, recompute=True),
             {"advantages": old.path, "policy": policy.path, "documents": documents.path},
         ),
+        "going on": (update, improvement(3), further),
+        "moments aside": (update, improvement(3, offload=True), further),
         "adapters": (
             update, improvement(3, recompute=True, ema=None, lora={"rank": 3, "alpha": 6}),
             {"advantages": old.path, "policy": policy.path, "documents": documents.path},
@@ -227,6 +259,27 @@ def test_two_processes_read_what_one_reads(pairs):
     for name in ("old_logprobs", "ref_logprobs"):
         here, there = (table[name].combine_chunks().flatten().to_numpy() for table in (first, second))
         np.testing.assert_allclose(there, here, rtol=0, atol=TOLERANCE)
+
+
+def test_each_of_two_processes_holds_half_of_the_weights_on_its_own_device(pairs, ranks_room, policy):
+    assert pairs
+    told = json.loads((ranks_room / "placed.json").read_text())
+    assert told["devices"] == [device().type]
+    whole = load_policy(policy.path, "float32").num_parameters()
+    assert sum(told["held"]) == whole
+    assert max(told["held"]) == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_a_process_that_has_no_gpu_of_its_own_is_refused():
+    assert [card_of(number, 2) for number in range(2)] == [0, 1]
+    with pytest.raises(ExperimentError, match=r"(?s)number 2 .*has 2 GPUs.*resources\.torchrun.*--nproc-per-node=2"):
+        card_of(2, 2)
+
+
+def test_moments_in_the_host_s_memory_change_no_bit_of_what_two_processes_make(pairs):
+    (_, here), (_, aside) = pairs["going on"], pairs["moments aside"]
+    assert here.manifest.settings["offload"] is False and aside.manifest.settings["offload"] is True
+    assert aside.manifest.digest == here.manifest.digest
 
 
 def test_one_process_goes_on_where_two_have_ended(pairs, plans, tmp_path):
@@ -288,6 +341,16 @@ def test_what_goes_wrong_in_two_processes_is_raised_here_once(launched, tmp_path
         launched(sft, tmp_path / "out", settings, demonstrations=demonstrations.path)
     assert str(caught.value) == str(alone.value)
     assert {*psutil.Process().children()} <= others
+
+
+def test_what_is_launched_by_torchrun_is_what_torchrun_by_hand_makes(launched, pairs, plans, tmp_path):
+    stage, settings, inputs = plans["sft"]
+    made = launched(stage, tmp_path / "out", settings, **inputs)
+    one, two = pairs["sft"]
+    assert made == Artifact.open(tmp_path / "out")
+    assert made.manifest.digest == two.manifest.digest
+    assert made.manifest.digest != one.manifest.digest, "two processes add in another order: there were two"
+    assert made.manifest.fingerprint == one.manifest.fingerprint
 
 
 def test_stages_that_read_no_model_run_in_one_process(launched, tmp_path, rollouts, prompts):

@@ -619,9 +619,3 @@ def test_moments_in_the_host_s_memory_change_no_bit(room, table, policy, survive
     here = update.run(room / "moments here", settings(minibatches=4), **given)
     there = survives(update, settings(minibatches=4, offload=True, save_every=1), before=3, saved=2, **given)
     assert there.manifest.digest == here.manifest.digest
-
-
-def test_on_several_processes_moments_are_shared_and_not_put_aside(monkeypatch, policy):
-    monkeypatch.setattr("pipeline.training.optimizer.count", lambda: 2)
-    with pytest.raises(ExperimentError, match="offload, and 2 processes share the moments already"):
-        adamw(load_policy(policy.path, "float32"), 1e-3, 0.0, offload=True)
