@@ -141,8 +141,7 @@ def iterate(run: Run, base: Foundations, now: Now, number: int) -> tuple[Collect
     after = replace(now, cursor=cursor, keep_rate=made.passed, judged=_watched(run, now, made, number), before=before)
     if made.kept == 0:
         return made, after
-    with _sampling_ahead(run, base, after, number + 1):
-        return made, _learned(run, base, after, made, number)
+    return made, _learned(run, base, after, made, number)
 
 
 def _learned(run: Run, base: Foundations, now: Now, made: Collected, number: int) -> Now:
@@ -165,24 +164,26 @@ def _learned(run: Run, base: Foundations, now: Now, made: Collected, number: int
         scores=path_of(scores),
     )
     critic = now.critic
-    if critic is not None:
-        learning = ValueSettings.of(experiment)
-        critic = run.do(value, here / "critic", learning, advantages=table.path, critic=critic.path)
-    policy = run.do(
-        update,
-        here / "policy",
-        UpdateSettings.of(experiment),
-        advantages=table.path,
-        policy=now.policy.path,
-        documents=path_of(base.documents) if experiment.recipe.mix is not None else None,
-    )
-    gates.look(run, policy, made.rollouts)
+    # Not before `score` is done: both would ask a cluster for its workers.
+    with _sampling_ahead(run, base, now, number + 1):
+        if critic is not None:
+            learning = ValueSettings.of(experiment)
+            critic = run.do(value, here / "critic", learning, advantages=table.path, critic=critic.path)
+        policy = run.do(
+            update,
+            here / "policy",
+            UpdateSettings.of(experiment),
+            advantages=table.path,
+            policy=now.policy.path,
+            documents=path_of(base.documents) if experiment.recipe.mix is not None else None,
+        )
+        gates.look(run, policy, made.rollouts)
     scale = _next_scale(experiment.recipe.kl_controller, now.divergence_scale, scores)
     return replace(now, policy=policy, critic=critic, divergence_scale=scale)
 
 
 def _sampling_ahead(run: Run, base: Foundations, now: Now, number: int) -> AbstractContextManager[None]:
-    """The first round of iteration `number`, sampled while the policy is updated; where stages run here, later."""
+    """The first round of iteration `number`, sampled while critic and policy step; where stages run here, later."""
     plan, sampler = run.experiment, now.before
     last = number == plan.scale.iterations
     if sampler is None or last or plan.resources.launcher == "inline" or run.perform is look_up:

@@ -74,6 +74,24 @@ def test_in_processes_it_is_the_same_and_sampled_while_the_policy_is_updated(ove
         assert sampled < updated
 
 
+def test_on_a_cluster_whose_workers_are_others_for_sampling_and_reading_it_is_the_same(overlapped, desk, tmp_path):
+    """Workers of one demand end those of another: whoever samples beside the update is not to meet who reads."""
+    shutil.copytree(overlapped.base, tmp_path / overlapped.base.name)
+    crews = [f"resources.ray.demands.{stage}.workers={n}" for stage, n in (("rollout", 1), ("label", 1), ("score", 2))]
+    changes = (*ON, "scale.iterations=2", "resources.launcher=ray", *crews)
+    desk.rlhf(
+        "run", str(desk.experiment), "--recipe", "grpo", "--root", str(tmp_path),
+        *(word for change in changes for word in ("--set", change)),
+    )  # fmt: skip
+    made = artifacts_of(tmp_path / "small")
+    assert {"0000/scores", "0000/policy", "0001/rollouts-0", "0001/policy"} <= {
+        one.path.relative_to(tmp_path / "small").as_posix() for one in made
+    }
+    for one in made:
+        there = Manifest.read(overlapped.root / one.path.relative_to(tmp_path))
+        assert there.digest == one.manifest.digest, one.path
+
+
 def test_off_it_is_not_there(desk, tmp_path, here_and_now):
     run = Run(Experiment.load(desk.experiment, ON[1:], "grpo"), tmp_path, here_and_now)
     run.folder.mkdir(parents=True)
