@@ -8,10 +8,9 @@ Every response has a seed of its own, so the rows are the same, whoever made the
 Workers open inputs by their paths: the runs lie on a file system that all machines share, or in object storage.
 """
 
-import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, count, islice
 from pathlib import Path
@@ -63,8 +62,9 @@ def _reach(path: Path) -> None:
 class Workers:
     """Actors that do a stage's shards; the cluster is asked for them when the first shard is there."""
 
-    def __init__(self, resources: Ray, stage: str, hardware: str) -> None:
-        self._resources, self._stage, self._hardware = resources, stage, hardware
+    def __init__(self, resources: Ray, stage: str, hardware: str, devices: int = 1) -> None:
+        """`devices` are the GPUs that one worker's model takes, where the cluster has any and no demand says more."""
+        self._resources, self._stage, self._hardware, self._devices = resources, stage, hardware, devices
         self._demand = resources.demands.get(stage, Demand())
         self.processors = max(1, int(self._demand.cpus))
 
@@ -98,17 +98,23 @@ class Workers:
 
     def _room(self, ray: Any) -> tuple[float, float, int]:
         """CPUs and GPUs of a worker, and how many workers."""
-        demand, there = self._demand, ray.cluster_resources()
-        gpus = demand.gpus if demand.gpus is not None else float(self._hardware == "gpu" and there.get("GPU", 0) > 0)
-        room = [there.get(kind, 0.0) // need for kind, need in (("CPU", demand.cpus), ("GPU", gpus)) if need]
-        workers = int(min([*room, demand.workers or math.inf]))
+        demand, machines = self._demand, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        usable = self._hardware == "gpu" and any(machine.get("GPU", 0) for machine in machines)
+        gpus = demand.gpus if demand.gpus is not None else float(self._devices * usable)
+        workers = sum(_fitting(machine, {"CPU": demand.cpus, "GPU": gpus}) for machine in machines)
         if workers < 1:
+            cpus_there, gpus_there = max((machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines)
             raise ExperimentError(
-                f"no worker fits: one takes {demand.cpus:g} CPUs and {gpus:g} GPUs, and the cluster has "
-                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}",
+                f"no worker fits: one takes {demand.cpus:g} CPUs and {gpus:g} GPUs of one machine, and the largest of "
+                f"{len(machines)} has {cpus_there:g} and {gpus_there:g}",
                 f"resources.ray.demands.{self._stage}", "ask for less, or name a larger cluster: resources.ray.address",
             )  # fmt: skip
-        return demand.cpus, gpus, workers
+        return demand.cpus, gpus, min(workers, demand.workers or workers)
+
+
+def _fitting(machine: Mapping[str, float], demand: Mapping[str, float]) -> int:
+    """Workers that a machine has room for: one does not spread over several machines."""
+    return int(min(machine.get(kind, 0.0) // need for kind, need in demand.items() if need))
 
 
 _running: dict[tuple[float, float, int], list[Any]] = {}

@@ -81,10 +81,12 @@ def launch(
     """
     resources = experiment[0].resources
     if resources.launcher == "ray" and stage.shards:
-        with done_by(Workers(resources.ray, stage.name, stage.hardware)):
+        # Only who samples has engines of several devices, and settings that say so.
+        devices = getattr(settings, "tensor_parallel", 1)
+        with done_by(Workers(resources.ray, stage.name, stage.hardware, devices)):
             return stage.run(out, settings, **paths)
     if resources.launcher in ("inline", "ray"):
-        return stage.run(out, settings, **paths)
+        return _run_here(stage, out, settings, **paths)
     python = resources.python.get(stage.name, sys.executable)
     command = stage.command(out, settings, experiment, python, **paths)
     if resources.launcher == "torchrun" and stage.ranks:
@@ -95,6 +97,16 @@ def launch(
     if ended.error is not None:
         raise ended.error
     raise _silent(f"stage {stage.name}", out, command, ended)
+
+
+def _run_here(stage: Stage, out: Path, settings: StageSettings, **paths: Path | Sequence[Path] | None) -> Artifact:
+    try:
+        return stage.run(out, settings, **paths)
+    finally:
+        if stage.hardware == "gpu":
+            from pipeline.models.device import give_back  # torch, which such a stage has loaded
+
+            give_back()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from pipeline.errors import ArtifactError, ContractError, InputError, NumericsEr
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
+from pipeline.models.device import give_back
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import response_logprobs, response_scores, response_values
 from pipeline.models.precision import computing
@@ -206,8 +207,9 @@ class Reading:
         return read(*self.model, part, self.settings.micro_batch_tokens)
 
     def rest(self) -> None:
-        """Drop the model."""
+        """Drop the model, and leave its memory to whoever computes next on this device."""
         vars(self).pop("model", None)
+        give_back()
 
 
 @stage(writes=SCORES, version=1, hardware="gpu", ranks=True, shards=True)

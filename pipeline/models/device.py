@@ -1,6 +1,7 @@
 """Where tensors live."""
 
 import ctypes
+import gc
 from functools import cache
 
 import torch
@@ -16,6 +17,16 @@ def device() -> torch.device:
         return torch.device("cuda")
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+def give_back() -> None:
+    """Let other processes have the accelerator's memory that no tensor of this one needs any more; torch would keep it.
+
+    Models hang together in circles, so that theirs is free only once those are found.
+    """
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _keep_freed_memory() -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -11,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.execute import walk
+from flows.run import Run
 from pipeline.catalog import artifacts_of
+from pipeline.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +169,7 @@ CREW = """
         "after": done(["a"]),
         "deadly": done(["a", "deadly", "b"]),
         "too_much": done(["a"], Ray(demands={"rollout": Demand(gpus=8)})),
+        "too_wide": done(["a"], Ray(demands={"rollout": Demand(cpus=1000)})),
         "unseen": done(["a"], reads=[Path(sys.argv[1]) / "not-there"]),
     }
     cluster.close()
@@ -230,9 +236,93 @@ def test_a_shard_that_kills_its_workers_is_given_up(told):
 def test_clusters_that_are_too_small_or_do_not_answer(told):
     kind, what, where, _ = told["too_much"]
     assert kind == "ExperimentError" and "8 GPUs" in what and where == "resources.ray.demands.rollout"
+    assert "1000 CPUs and 0 GPUs of one machine" in told["too_wide"][1]
     kind, what, where, do = told["unreachable"]
     assert kind == "ExperimentError" and "127.0.0.1:9" in where and "ray start" in do
     assert told["seconds"] < 60
+
+
+@pytest.fixture
+def address(free_port):
+    """Where a Ray cluster of somebody else listens: two processors, and by its word four GPUs."""
+    # Not in pytest's folder, which is too long for the names of Ray's sockets.
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    ray, log = Path(sys.executable).with_name("ray"), folder / "log.txt"
+    words = [
+        str(ray), "start", "--head", "--block", f"--port={free_port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+        "--num-gpus=4", "--object-store-memory=100000000", "--include-dashboard=false", "--include-log-monitor=false",
+        "--disable-usage-stats", f"--temp-dir={folder}",
+    ]  # fmt: skip
+    with log.open("w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"127.0.0.1:{free_port}"
+    finally:
+        if process.poll() is None:
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for one in family:
+                one.kill()
+            psutil.wait_procs(family, timeout=30)
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+THERE = """
+    import json, os, sys
+    from pathlib import Path
+
+    import ray
+
+    from flows.execute import walk
+    from flows.run import Run
+    from pipeline import cluster
+    from pipeline.experiment import Experiment, Ray
+    from pipeline.launch import launch
+    from pipeline.shards import done_by, spread
+
+    class Work:
+        def __call__(self, shard):
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
+        def rest(self):
+            pass
+
+    def launched(run, stage, out, settings, **paths):
+        return launch(stage, out, settings, (run.experiment, run.file), **paths)
+
+    file, address, root, *changes = sys.argv[1:]
+    there = ("resources.launcher=ray", f"resources.ray.address={address}")
+    walk(Run(Experiment.load(Path(file), (*changes, *there), "grpo"), Path(root), launched))
+    cluster.close()
+    with done_by(cluster.Workers(Ray(address=address), "rollout", "gpu", 2)):
+        cards = {one for part in spread(Work(), range(4), lambda part: [part]) for one in part}
+    print(json.dumps([ray.get_runtime_context().get_job_id(), *sorted(cards)]))
+"""
+
+
+def test_a_run_on_somebody_s_cluster_has_the_rows_of_one_process_and_leaves_it_to_others(
+    tmp_path, desk, here_and_now, address
+):
+    changes = ("data.held_out=", "scale.iterations=1")
+    inline = Run(Experiment.load(desk.experiment, changes, "grpo"), tmp_path / "inline", here_and_now)
+    inline.folder.mkdir(parents=True)
+    walk(inline)
+    shutil.copytree(inline.base, tmp_path / "ray" / inline.base.name)
+    (tmp_path / "there.py").write_text(textwrap.dedent(THERE))
+    words = [str(tmp_path / "there.py"), str(desk.experiment), address, str(tmp_path / "ray"), *changes]
+    done = subprocess.run(
+        [sys.executable, *words], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert digests(tmp_path / "ray") == digests(tmp_path / "inline")
+    job, *cards = json.loads(done.stdout.splitlines()[-1])
+    assert job.startswith("02"), "the cluster's first was the run"
+    assert cards == ["0,1", "2,3"], "where no demand says otherwise, a worker has the devices of its engine"
 
 
 def test_a_process_that_is_killed_leaves_no_cluster(survivors):
