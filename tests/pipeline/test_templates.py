@@ -74,6 +74,9 @@ class Family:
     system: bool = True
     turns: bool = True
     """Whether conversations of several turns can be told apart."""
+    metaspace: str | None = None
+    """Of tokenizers that write spaces as they do everything else (SentencePiece's): before which texts they put one
+    more, `never` or `first`. Those of the others are of bytes."""
 
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -90,21 +93,41 @@ FAMILIES = {
     ),
     "gemma": Family(
         NO_SYSTEM, ("<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", pad="<pad>",
-        eos="<eos>", bos="<bos>", begins=True, system=False,
+        eos="<eos>", bos="<bos>", begins=True, system=False, metaspace="never",
     ),
     "mistral": Family(
         INSTRUCTIONS, ("<s>", "</s>", "[INST]", "[/INST]"), "</s>", pad="</s>", bos="<s>", begins=True, opens=" ",
-        system=False,
+        system=False, metaspace="first",
     ),
 }  # fmt: skip
 
 
-def tokenizer_of(family):
+def of_bytes():
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    return made
+
+
+def of_sentencepiece(before):
+    """As SentencePiece has them: spaces are letters, and what is in no token is spelled in bytes."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=before)
+    ascii_texts = [text for text in TEXTS if text.isascii()]
+    made.train_from_iterator(ascii_texts, trainers.BpeTrainer(vocab_size=100, show_progress=False))
+    state = json.loads(made.to_str())
+    for byte in range(256):
+        state["model"]["vocab"].setdefault(f"<0x{byte:02X}>", len(state["model"]["vocab"]))
+    made = Tokenizer.from_str(json.dumps(state | {"model": state["model"] | {"byte_fallback": True}}))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=before, split=False)
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=before)])
+    return made
+
+
+def tokenizer_of(family):
+    made = of_bytes() if family.metaspace is None else of_sentencepiece(family.metaspace)
     made.add_special_tokens(list(family.special))
     if family.begins:
         made.post_processor = processors.TemplateProcessing(
@@ -149,7 +172,10 @@ def conversations(family):
 
 
 def text(chat, tokens):
-    return chat.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """Of tokens from the midst of a text: where one begins with a space, some tokenizers leave that out."""
+    tokens = [chat.tokenizer.eos_token_id, *tokens]
+    said = chat.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return said.removeprefix(chat.tokenizer.eos_token)
 
 
 def runs(tokens, mask):
@@ -210,6 +236,25 @@ def test_a_dialogue_round_trips_without_being_tokenized_again(family, chat):
         *_, reply = runs(tokens, mask)
         assert tokens[: len(prompt) + len(reply)] == prompt + reply
         assert chat.decode(reply).strip().removeprefix("<think>\n\n</think>").strip() == messages[-1]["content"]
+
+
+def test_a_response_from_elsewhere_has_the_tokens_that_the_template_gives_it(family, chat):
+    """Where the assistant opens with its reply; a space before that is its tokenizer's own, if it is anybody's."""
+    if family.opens.strip() or (family.opens and family.metaspace is None):
+        pytest.skip("it opens with something else")
+    for reply in (REPLY, AGAIN):
+        tokens, mask = chat.demonstration([USER, reply])
+        (written,) = runs(tokens, mask)
+        ended = chat.tokenizer.convert_tokens_to_ids(family.end)
+        assert [*chat.response_tokens(reply["content"], finished=False), ended] == written
+        assert chat.decode(written) == reply["content"]
+
+
+def test_spaces_are_those_of_the_text_whoever_writes_them(family, chat):
+    for said in ("two  words", "naïve 東京 🙂", "a\n b", "1 + 1"):
+        assert chat.decode(chat.response_tokens(said)) == said
+        for tokens in chat.document_tokens(said, limit=1000):
+            assert chat.decode(tokens) == said
 
 
 def test_a_family_without_a_system_turn_says_so(chat_of):
