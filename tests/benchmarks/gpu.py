@@ -1,11 +1,13 @@
 """The pipeline on a GPU: `arithmetic` with a model of 20 to 100 million parameters made from its config, in bfloat16.
 
-    .venv/bin/python tests/benchmarks/gpu.py                a GPU of DEVICES
+    .venv/bin/python tests/benchmarks/gpu.py                the first GPU, if it is of DEVICES
     .venv/bin/python tests/benchmarks/gpu.py --device core --layers 2 --width 128 --responses 128    tried without one
 
-A whole run of `rlhf run`: SFT, then iterations. Of each iteration but the first: tokens/s of the rollout and of the
-update, and their share of the device's peak by 2 P and 6 P operations a token; how far sampler and trainer are apart
-(|difference| of log-probability, mean over tokens); the most memory that was in use on the device, polled.
+A whole run of `rlhf run`: SFT, then iterations. The middle of the iterations but the first: tokens/s of the rollout and
+of the update, and their share of the device's peak by 2 P and 6 P operations a token; how far sampler and trainer are
+apart (|difference| of log-probability, mean over tokens); what is in use on the device while the engine is awake, which
+is mostly what it reserves, and while it sleeps. Then the last update once more, in a process of its own: most memory of
+its tensors at once. Without a GPU that is the process's own most, and engines do not sleep.
 """
 
 import argparse
@@ -14,58 +16,40 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-from measuring import ROOT, WORK, rlhf, store
+from measuring import ROOT, WORK, rlhf, side, store
 
 sys.path.insert(0, str(ROOT))
 
+from pipeline.artifacts import Artifact
 from pipeline.catalog import catalog
 from pipeline.estimate import DEVICES, Shape
 from pipeline.inspecting.curves import by_iteration
 
-PAUSE = 0.2
-"""Seconds between two looks at the memory in use."""
 SEEN = {
     "sampled": ("rollouts", "speed/tokens_per_second"), "updated": ("policy", "speed/tokens_per_second"),
     "mismatch": ("scores", "kl/sampler_abs"), "accuracy": ("labels", "accuracy/mean"),
 }  # fmt: skip
 """What is told -> the kind of artifact that measured it, and the metric."""
+ASLEEP = {"awake": ("rollouts", "memory/engine_awake"), "asleep": ("rollouts", "memory/engine_asleep")}
+"""What is told where there is an accelerator."""
 
 
-def nvidia(field: str) -> str:
-    """What the driver says of the first GPU. Ends with a sentence where there is none."""
+def driver() -> str:
+    """What the driver calls the first GPU. Ends with a sentence where there is none."""
     if shutil.which("nvidia-smi") is None:
         raise SystemExit("no GPU on this machine (no nvidia-smi); `--device core` tries it without one")
-    words = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def in_use(device: str) -> float:
-    """Gigabytes of the device's memory in use now."""
-    return psutil.virtual_memory().used / 1e9 if device == "core" else float(nvidia("memory.used")) * 2**20 / 1e9
-
-
-@contextmanager
-def watched(device: str) -> Iterator[list[float]]:
-    """Gigabytes in use, looked at again and again; the first look is before anything runs."""
-    seen, done = [in_use(device)], threading.Event()
-
-    def look() -> None:
-        while not done.wait(PAUSE):
-            seen.append(in_use(device))
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        looking.join()
+def kind_of(name: str) -> str:
+    """Which of DEVICES a GPU is, by its name. Ends with a sentence where it is none."""
+    kinds = [kind for kind in DEVICES if kind != "core" and kind in name.lower()]
+    if not kinds:
+        raise SystemExit(f"{name}: its peak is not known; add it to DEVICES (pipeline/estimate.py), or say --device")
+    return kinds[0]
 
 
 def changes(asked: argparse.Namespace) -> list[str]:
@@ -81,35 +65,62 @@ def changes(asked: argparse.Namespace) -> list[str]:
 def main() -> None:
     """Run, read what the run measured, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="whose peak shares are of")
+    parser.add_argument("--device", choices=sorted(DEVICES), help="whose peak shares are of, if not the first GPU's")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--responses", type=int, default=4096, help="an iteration's")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--recipe", default="vc_ppo")
+    parser.add_argument("--set", action="append", default=[], help="a further change, as of `rlhf run`")
+    parser.add_argument("--side", choices=["update"], help="what this process is for, started by the benchmark")
+    parser.add_argument("--plan", type=Path, help="of that process")
     asked = parser.parse_args()
-    name = "core" if asked.device == "core" else nvidia("name")
-    folder = WORK / "gpu"
+    if asked.side:
+        update_again(asked.plan)
+        return
+    name = "core" if asked.device == "core" else driver()
+    device, folder = asked.device or kind_of(name), WORK / "gpu"
     shutil.rmtree(folder, ignore_errors=True)
-    words = [word for change in changes(asked) for word in ("--set", change)]
-    with watched(asked.device) as memory:
-        rlhf("run", "arithmetic", "--recipe", asked.recipe, "--name", "gpu", "--root", folder, *words)
-    found = told(folder / "gpu", asked.device)
-    found["memory"] = max(memory) - memory[0]
-    print(f"{name}, {found['parameters'] / 1e6:.0f} million parameters, bfloat16")
+    words = [word for change in [*changes(asked), *asked.set] for word in ("--set", change)]
+    rlhf("run", "arithmetic", "--recipe", asked.recipe, "--name", "gpu", "--root", folder, *words)
+    found = told(folder / "gpu", device)
+    plan = folder / "plan.json"
+    last = folder / "gpu" / f"{asked.iterations - 1:04d}" / "policy"
+    plan.write_text(json.dumps({"policy": str(last), "out": str(folder / "again")}), encoding="utf-8")
+    again = side(Path(sys.executable), __file__, "update", plan)
+    found["trainer"] = again["allocated"] or again["gigabytes"]
+    print(f"{name}, {found['parameters'] / 1e6:.0f} million parameters")
     for what in ("sampled", "updated"):
         print(f"{what:10} {found[what]:12,.0f} tokens/s  {found[f'{what}_share']:7.2%} of the peak")
-    print(f"{'memory':10} {found['memory']:12.1f} GB")
+    print(f"{'trainer':10} {found['trainer']:12.1f} GB at most")
+    for what in (what for what in ASLEEP if what in found):
+        print(f"{'engine':10} {found[what]:12.1f} GB in use on the device while it is {what}")
     print(f"{'mismatch':10} {found['mismatch']:12.5f} nat a token, sampler against trainer")
     print(f"{'accuracy':10} {found['accuracy']:12.3f} in the last iteration")
-    store("gpu" if asked.device != "core" else "gpu-core", {"device": name, "asked": vars(asked), **found})
+    sizes = {what: getattr(asked, what) for what in ("layers", "width", "responses", "iterations", "recipe", "set")}
+    store("gpu" if device != "core" else "gpu-core", {"device": name, "asked": sizes, **found})
+
+
+def update_again(plan: Path) -> None:
+    """Make an update anew, here, and tell how many gigabytes its tensors had at most; nothing where there is no GPU."""
+    import torch
+
+    from stages.update import update
+
+    asked = json.loads(plan.read_bytes())
+    made = Artifact.open(Path(asked["policy"])).manifest
+    inputs = {name: [record.place for record in records] for name, records in made.inputs.items()}
+    update.run(Path(asked["out"]), update.settings_type.model_validate(made.settings), **inputs)
+    allocated = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+    plan.with_name("update.json").write_text(json.dumps({"allocated": allocated}), encoding="utf-8")
 
 
 def told(run: Path, device: str) -> dict[str, float]:
     """The middle of what the iterations but the first measured; of accuracy the last."""
     numbers = by_iteration(catalog([run])).filter(phase="loop").sort("iteration")
-    series = {what: numbers.filter(kind=kind, name=metric)["value"].to_list() for what, (kind, metric) in SEEN.items()}
-    found = {what: statistics.median(values[1:] or values) for what, values in series.items()}
+    wanted = (SEEN | ASLEEP).items()
+    series = {what: numbers.filter(kind=kind, name=metric)["value"].to_list() for what, (kind, metric) in wanted}
+    found = {what: statistics.median(values[1:] or values) for what, values in series.items() if values}
     found["accuracy"] = series["accuracy"][-1]
     shape = Shape.of(json.loads((run / "0000" / "policy" / "config.json").read_bytes()))
     found["parameters"] = shape.parameters
