@@ -48,22 +48,6 @@ def known_engine(name: str) -> str:
 
 FOR_DEVICES = ("tensor_parallel", "gpu_memory_utilization", "max_num_seqs")
 """Settings that an engine's options, a stage's settings and `resources` have by one name."""
-LATER = ("gpu_memory_utilization", "max_num_seqs")
-"""Settings that rollouts have been made without: those stay the same computation where the settings say nothing."""
-
-
-class Sparse(dict[str, Any]):
-    """A table that is written without some of its entries; whoever asks for one by name finds it."""
-
-    def __init__(self, whole: Mapping[str, Any], unsaid: Collection[str]) -> None:
-        super().__init__((name, value) for name, value in whole.items() if name not in unsaid)
-        self._unsaid = {name: whole[name] for name in unsaid}
-
-    def __missing__(self, name: str) -> Any:
-        return self._unsaid[name]
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in self._unsaid
 
 
 class Settings(StageSettings):
@@ -125,14 +109,6 @@ class Settings(StageSettings):
             "engine": resources.engine, "seed": experiment.seed,
             **{name: getattr(resources, name) for name in ("dtype", *FOR_DEVICES)},
         }  # fmt: skip
-
-    def model_dump(self, **how: Any) -> dict[str, Any]:
-        """As ever; but what came later than the first rollouts is left out at its default, and so is in no fingerprint.
-
-        Asked for by name it is there.
-        """
-        said = super().model_dump(**how)
-        return Sparse(said, {name for name in LATER if said.get(name) == type(self).model_fields[name].default})
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline import engines
-from pipeline.artifacts import Artifact, Outbox, fingerprint_of
+from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS
-from pipeline.engines import Completion, Memory, Sampling
-from pipeline.engines.scripted import ScriptedEngine
+from pipeline.engines import Completion, Sampling
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
 from pipeline.experiment import Experiment
@@ -475,44 +474,6 @@ def test_what_an_experiment_says_of_devices_arrives_at_the_engine(prompts, polic
     few = rollout.run(tmp_path / "few", sampling(max_num_seqs=24), prompts=prompts.path, policy=policy.path)
     assert few.manifest.settings["max_num_seqs"] == 24
     assert [options.max_num_seqs for _, options in engines._warm] == [24]
-
-
-def test_rollouts_made_before_an_engine_s_size_was_a_setting_are_the_same_computation(rollouts):
-    assert not {"max_num_seqs", "gpu_memory_utilization"} & set(Artifact.open(rollouts.path).manifest.settings)
-
-    def fingerprint(**changes):
-        given = Settings.of(None, {"group_size": 4, **changes}).model_dump(mode="json")
-        return fingerprint_of("rollout", 2, given, {})
-
-    before = "170d8520c2f8b7bb38135e7f18c01332d93be07dc6774ba8dfaa57b1dd874096"  # by 871fb3e
-    assert fingerprint() == fingerprint(max_num_seqs=512, gpu_memory_utilization=0.9) == before
-    assert len({before, fingerprint(max_num_seqs=24), fingerprint(gpu_memory_utilization=0.5)}) == 3
-
-
-@pytest.mark.parametrize("given", [(), ("resources.max_num_seqs=24",)])
-@pytest.mark.parametrize("asked", [24, 512])
-def test_a_process_of_its_own_gets_an_engine_s_size(given, asked, prompts, policy, tmp_path):
-    """Whether it is the default or not, of an experiment that says the same, or something else."""
-    experiment = Experiment.load(DESK, given)
-    settings = Settings.of(experiment, {"max_num_seqs": asked})
-    paths = {"prompts": prompts.path, "policy": policy.path}
-    words = rollout.command(tmp_path / "out", settings, (experiment, DESK), **paths)
-    assert ("max_num_seqs=24" in words) == (asked == 24 and not given)
-    assert ("max_num_seqs=512" in words) == (asked == 512 and bool(given))
-    assert rollout.command(tmp_path / "out", settings, **paths).count(f"max_num_seqs={asked}") == 1
-
-
-def test_what_an_engine_s_sleep_frees_is_measured(five, scripted, sampling, tmp_path, numbers, monkeypatch):
-    """There is no accelerator here, and engines say nothing of one."""
-    policy, settings = scripted({"*": ["1"]}), sampling(engine="scripted", group_size=1)
-    without = rollout.run(tmp_path / "without", settings, prompts=five.path, policy=policy)
-    monkeypatch.setattr(ScriptedEngine, "sleep", lambda engine: Memory(awake=71.25, asleep=3.5))
-    made = rollout.run(tmp_path / "out", settings, prompts=five.path, policy=policy)
-    assert made.manifest.digest == without.manifest.digest
-    assert not {name for name, _ in numbers(without) if name.startswith("memory/")}
-    assert numbers(made)["memory/engine_awake", 0] == 71.25
-    assert numbers(made)["memory/engine_asleep", 0] == 3.5
-    assert "engine asleep: 71.2 -> 3.5 GB" in (made.path / "log.txt").read_text()
 
 
 def test_what_gates_look_at(five, scripted, sampling, tmp_path, numbers):
