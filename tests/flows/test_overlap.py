@@ -3,7 +3,8 @@
 import shutil
 import sys
 import time
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pyarrow.parquet as pq
@@ -58,20 +59,31 @@ def test_what_is_old_is_weighed_by_how_likely_it_is_now(overlapped):
 
 def test_in_processes_it_is_the_same_and_sampled_while_the_policy_is_updated(overlapped, desk, tmp_path):
     shutil.copytree(overlapped.base, tmp_path / overlapped.base.name)
-    changes = (*ON, "resources.launcher=process")
-    desk.rlhf(
-        "run", str(desk.experiment), "--recipe", "grpo", "--root", str(tmp_path),
-        *(word for change in changes for word in ("--set", change)),
-    )  # fmt: skip
+    changes, together = (*ON, "resources.launcher=process"), set()
+    words = ["run", str(desk.experiment), "--recipe", "grpo", "--root", str(tmp_path)]
+    words += [word for change in changes for word in ("--set", change)]
+    with ThreadPoolExecutor(1) as beside:
+        done = beside.submit(desk.rlhf, *words)
+        while not done.done():
+            together.add(frozenset(made_now(tmp_path / "small")))
+            time.sleep(0.05)
+        done.result()
     for one in artifacts_of(overlapped.folder):
         there = Manifest.read(tmp_path / one.path.relative_to(overlapped.root))
         assert there.digest == one.manifest.digest, one.path
     for number in (1, 2):
-        sampled, updated = (
-            datetime.fromisoformat(Manifest.read(tmp_path / "small" / place).made["time"])
-            for place in (f"{number:04d}/rollouts-0", f"{number - 1:04d}/policy")
-        )
-        assert sampled < updated
+        assert {f"{number:04d}/rollouts-0", f"{number - 1:04d}/policy"} in together
+    not_alone = {place for places in together if len(places) > 1 for place in places}
+    assert not [place for place in not_alone if place.endswith("/scores")]
+
+
+def made_now(folder):
+    """What stages in processes of their own are at."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            words = child.cmdline()
+            if "--out" in words and words[-1].startswith(str(folder)):
+                yield words[-1].removeprefix(f"{folder}/")
 
 
 def test_on_a_cluster_whose_workers_are_others_for_sampling_and_reading_it_is_the_same(overlapped, desk, tmp_path):
