@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import engines
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS
-from pipeline.engines import Completion, Sampling
+from pipeline.engines import Completion, Memory, Sampling
+from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
 from pipeline.experiment import Experiment
@@ -474,6 +475,19 @@ def test_what_an_experiment_says_of_devices_arrives_at_the_engine(prompts, polic
     few = rollout.run(tmp_path / "few", sampling(max_num_seqs=24), prompts=prompts.path, policy=policy.path)
     assert few.manifest.settings["max_num_seqs"] == 24
     assert [options.max_num_seqs for _, options in engines._warm] == [24]
+
+
+def test_what_an_engine_s_sleep_frees_is_measured(five, scripted, sampling, tmp_path, numbers, monkeypatch):
+    """There is no accelerator here, and engines say nothing of one."""
+    policy, settings = scripted({"*": ["1"]}), sampling(engine="scripted", group_size=1)
+    without = rollout.run(tmp_path / "without", settings, prompts=five.path, policy=policy)
+    monkeypatch.setattr(ScriptedEngine, "sleep", lambda engine: Memory(awake=71.25, asleep=3.5))
+    made = rollout.run(tmp_path / "out", settings, prompts=five.path, policy=policy)
+    assert made.manifest.digest == without.manifest.digest
+    assert not {name for name, _ in numbers(without) if name.startswith("memory/")}
+    assert numbers(made)["memory/engine_awake", 0] == 71.25
+    assert numbers(made)["memory/engine_asleep", 0] == 3.5
+    assert "engine asleep: 71.2 -> 3.5 GB" in (made.path / "log.txt").read_text()
 
 
 def test_what_gates_look_at(five, scripted, sampling, tmp_path, numbers):
