@@ -303,7 +303,7 @@ class Demand(Settings):
     cpus: float = Field(1.0, gt=0)
     """Processors."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs; absent: one where the stage can use one and the cluster has any."""
+    """GPUs; absent: an engine's devices, one elsewhere, where the stage can use any and the cluster has any."""
     workers: int | None = Field(None, ge=1)
     """How many at most; as many as fit when absent."""
 
