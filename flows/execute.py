@@ -1,5 +1,6 @@
 """One run from its experiment to its end: foundations, evaluation of policy 0, the loop, evaluation of the last."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import flow, runtime
@@ -13,11 +14,12 @@ from flows.online import online
 from flows.planning import here, refuse_what_cannot_fit
 from flows.promotion import settle
 from flows.run import MissingError, Outcome, Run, look_up, write_metrics
+from flows.tables import STAGES
 from flows.tasks import as_task
 from pipeline import storage
 from pipeline.algorithms.bind import bind
 from pipeline.errors import ExperimentError
-from pipeline.experiment import Experiment
+from pipeline.experiment import Experiment, Resources
 from pipeline.grading import open_grader
 from pipeline.metrics import console
 from pipeline.stage import Stage
@@ -38,6 +40,7 @@ EXPERIMENTS = Path(__file__).parent / "experiments"
 def check(experiment: Experiment) -> None:
     """Raise `ExperimentError` for whatever can be told of a run before it does anything: every stage's settings."""
     bind(experiment.recipe)
+    _refuse_strangers(experiment.resources)
     for data in (experiment.data.prompts, experiment.data.held_out):
         if data is not None:
             open_grader(data.grader)
@@ -51,6 +54,19 @@ def check(experiment: Experiment) -> None:
         stages.append(value)
     for stage in stages:
         stage.settings_type.of(experiment)
+
+
+def _refuse_strangers(resources: Resources) -> None:
+    """Raise `ExperimentError` for what is said of a stage that there is not."""
+    said: dict[str, Mapping[str, object]] = {
+        "launchers": resources.launchers, "python": resources.python, "timeouts": resources.timeouts,
+        "ray.demands": resources.ray.demands,
+    }  # fmt: skip
+    for name, by_stage in said.items():
+        if strangers := sorted(by_stage.keys() - set(STAGES)):
+            raise ExperimentError(
+                f"no stage is called {strangers[0]!r}", f"resources.{name}", f"one of {', '.join(STAGES)}"
+            )  # fmt: skip
 
 
 def walk(run: Run, at_most: int | None = None) -> Outcome:

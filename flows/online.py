@@ -186,7 +186,8 @@ def _sampling_ahead(run: Run, base: Foundations, now: Now, number: int) -> Abstr
     """The first round of iteration `number`, sampled while critic and policy step; where stages run here, later."""
     plan, sampler = run.experiment, now.before
     last = number == plan.scale.iterations
-    if sampler is None or last or plan.resources.launcher == "inline" or run.perform is look_up:
+    here = "inline" in (plan.resources.launcher_of(stage) for stage in (rollout.name, value.name, update.name))
+    if sampler is None or last or here or run.perform is look_up:
         return nullcontext()
     count = _count(plan.scale.groups, now.keep_rate)
     return meanwhile(lambda: _sampled(run, base, Round(number, 0, now.cursor, now.cursor, count, 1), sampler))

@@ -81,7 +81,8 @@ def plan(experiment: Experiment, folder: Path, device: str, count: int, length: 
             f"--length is {length:g}: the mean length of responses of at most scale.response_tokens = {longest}",
             do=f"above 0, at most {longest}; or --set scale.response_tokens=...",
         )
-    place = Place.of(DEVICES[device], count, experiment.resources.launcher)
+    resources = experiment.resources
+    place = Place.of(DEVICES[device], count, resources.launcher, resources.launchers)
     return replace(_plan(experiment, f"{count} x {device}", place, length), measured=_measured(folder))
 
 
@@ -170,7 +171,8 @@ def sheets(made: Plan, experiment: Experiment) -> list[Sheet]:
             size, seconds = made.measured.get(name, (0.0, 0.0))
             row += [amount(size), f"{seconds:,.1f}"]
         rows.append(row)
-    title = f"an iteration of {experiment.recipe.name} on {made.name}, launcher {made.place.launcher}"
+    others = "".join(f", of {stage} {launcher}" for stage, launcher in made.place.launchers.items())
+    title = f"an iteration of {experiment.recipe.name} on {made.name}, launcher {made.place.launcher}{others}"
     return [
         Sheet(title, tuple(header), tuple(map(tuple, rows))),
         Sheet("in all", ("", ""), tuple(_whole(made, experiment))),
@@ -182,7 +184,7 @@ def _whole(made: Plan, experiment: Experiment) -> list[tuple[str, str]]:
     checkpoints = sum(step.written for name, step in made.steps.items() if name in TRAINS)
     starting, total = sum(step.start for step in made.steps.values()), experiment.scale.iterations
     moving = sum(step.moved for step in made.steps.values()) / made.place.device.storage / made.seconds
-    place, (number, size) = made.place, shards(made.work, made.sampler, made.place.launcher)
+    place, (number, size) = made.place, shards(made.work, made.sampler, made.place.by("rollout"))
     return [
         ("parameters", f"{made.shape.parameters:,}"),
         ("tokens of an iteration's responses", f"{made.work.tokens:,.0f}"),
@@ -190,7 +192,7 @@ def _whole(made: Plan, experiment: Experiment) -> list[tuple[str, str]]:
         ("checkpoints of an iteration, written", amount(checkpoints)),
         (f"{total} iterations, nothing pruned", amount(total * (tables + checkpoints))),
         ("engines, and times they are asked", f"{place.engines(made.sampler)}, {number} x {size} responses"),
-        ("devices that read; that train", f"{place.readers(made.work)}; {place.ranks}"),
+        ("devices that read; that train", f"{place.readers(made.work)}; {place.ranks('update')}"),
         ("seconds of an iteration", f"{made.seconds:,.0f}"),
         ("of these, starting processes and reading models", f"{starting:,.0f} ({starting / made.seconds:.0%})"),
         ("of these, moving checkpoints", f"{moving:.0%}"),
@@ -202,7 +204,7 @@ def breaks(made: Plan, moving: float) -> str:
     """What stands in the way, and at what size it would not."""
     if stage := too_large(made):
         return _wanting(made, stage)
-    engines, (number, _) = made.place.engines(made.sampler), shards(made.work, made.sampler, made.place.launcher)
+    engines, (number, _) = made.place.engines(made.sampler), shards(made.work, made.sampler, made.place.by("rollout"))
     if number < engines:
         each = -(-made.work.responses // engines)
         return f"work for {engines} engines: it is cut {number} times; resources.max_num_seqs={each}"
@@ -278,9 +280,10 @@ def _more_devices(made: Plan, stage: str) -> Iterator[tuple[str, Plan]]:
     if made.place.device.core:
         return
     for count in (made.place.count, *(2**power for power in range(1, 13))):
-        shared = replace(made, place=replace(made.place, count=count, launcher="torchrun"))
+        launchers = {**made.place.launchers, stage: "torchrun"}
+        shared = replace(made, place=replace(made.place, count=count, launchers=launchers))
         if count >= made.place.count and shared.steps[stage].memory <= made.room(stage):
-            yield f"resources.launcher=torchrun on {count} devices", shared
+            yield f"resources.launchers.{stage}=torchrun on {count} devices", shared
             return
 
 
@@ -325,7 +328,8 @@ def refuse_what_cannot_fit(experiment: Experiment, room: Room) -> str:
     except (ArtifactError, ExperimentError) as error:
         return f"  memory is not reckoned: {error.what}"
     resources = experiment.resources
-    if stage := too_large(made, SHARDED if resources.launcher == "ray" and resources.ray.address else frozenset()):
+    elsewhere = {stage for stage in SHARDED if resources.ray.address and made.place.by(stage) == "ray"}
+    if stage := too_large(made, frozenset(elsewhere)):
         raise ExperimentError(
             f"{stage} needs {amount(made.steps[stage].memory)} of a device, {_parts(made, stage)}, and there are "
             f"{amount(made.room(stage))}", "models", f"any of these leaves it less: {_advice(made, stage)}",
@@ -338,9 +342,10 @@ def refuse_what_cannot_fit(experiment: Experiment, room: Room) -> str:
 def _machine(experiment: Experiment, room: Room) -> Place:
     """This machine's devices, and under torchrun those of as many machines as it is told of."""
     kind = replace(DEVICES["h100" if room.cards else "core"], memory=room.device)
-    launcher = experiment.resources.launcher
-    count = _processes(experiment.resources.torchrun, room.cards) if launcher == "torchrun" else room.cards
-    return Place(kind, max(1, count) if room.cards else 1, launcher)
+    resources = experiment.resources
+    sharing = "torchrun" in (resources.launcher, *resources.launchers.values())
+    count = _processes(resources.torchrun, room.cards) if sharing else room.cards
+    return Place(kind, max(1, count) if room.cards else 1, resources.launcher, resources.launchers)
 
 
 def _processes(words: tuple[str, ...], cards: int) -> int:
@@ -367,7 +372,7 @@ def _refuse_what_the_host_cannot_hold(made: Plan, room: Room) -> None:
         if shape is None:
             continue
         # Without accelerators the device's share lies in the same memory; ranks of other machines use theirs.
-        local = min(1.0, room.cards / made.place.ranks) if room.cards else 1.0
+        local = min(1.0, room.cards / made.place.ranks(stage)) if room.cards else 1.0
         needed = local * hosted(shape, rank) + (0 if room.cards else made.steps[stage].memory)
         if needed > room.host:
             adapters = "critic.lora" if stage == "value" else "scale.lora"

@@ -7,7 +7,7 @@ P: parameters, N: tokens of an iteration's responses, Q: of their prompts, w: wi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from pipeline.errors import ExperimentError
@@ -245,35 +245,40 @@ class Training:
 
 @dataclass(frozen=True)
 class Place:
-    """Devices, and the launcher, which says how many of them a stage has."""
+    """Devices, and the launchers, which say how many of them a stage has."""
 
     device: Device
     count: int
     launcher: str
+    launchers: Mapping[str, str] = field(default_factory=dict)
+    """Stages -> their launchers, where those are others."""
 
     @classmethod
-    def of(cls, device: Device, count: int, launcher: str) -> Self:
+    def of(cls, device: Device, count: int, launcher: str, launchers: Mapping[str, str] | None = None) -> Self:
         """So many devices; cores are one."""
         if not device.core:
-            return cls(device, count, launcher)
+            return cls(device, count, launcher, launchers or {})
         whole = replace(
             device, memory=device.memory * count, flops=device.flops * count, flops32=device.flops32 * count,
             bandwidth=device.bandwidth * count,
         )  # fmt: skip
-        return cls(whole, 1, launcher)
+        return cls(whole, 1, launcher, launchers or {})
 
-    @property
-    def ranks(self) -> int:
-        """Devices that share a model in training: all under torchrun, elsewhere one."""
-        return self.count if self.launcher == "torchrun" else 1
+    def by(self, stage: str) -> str:
+        """The launcher of a stage."""
+        return self.launchers.get(stage, self.launcher)
+
+    def ranks(self, stage: str) -> int:
+        """Devices that share a model in a stage: all under torchrun, elsewhere one."""
+        return self.count if self.by(stage) == "torchrun" else 1
 
     def readers(self, work: Work) -> int:
         """Devices that read: all under torchrun, as many as there are shards for under ray, elsewhere one."""
-        return min(self.count, -(-work.responses // READ)) if self.launcher == "ray" else self.ranks
+        return min(self.count, -(-work.responses // READ)) if self.by("score") == "ray" else self.ranks("score")
 
     def engines(self, sampler: Sampler) -> int:
         """Engines that there is room for under ray; elsewhere one."""
-        return max(1, self.count // sampler.devices) if self.launcher == "ray" else 1
+        return max(1, self.count // sampler.devices) if self.by("rollout") == "ray" else 1
 
 
 @dataclass(frozen=True)
@@ -334,7 +339,7 @@ def sampled(shape: Shape, work: Work, place: Place, sampler: Sampler) -> tuple[f
     """
     device, weights = place.device, shape.parameters * sampler.weight
     whole, longest = ((work.prompt_tokens + tokens) * shape.cache for tokens in (work.response_tokens, work.longest))
-    number, size = shards(work, sampler, place.launcher)
+    number, size = shards(work, sampler, place.by("rollout"))
     calls = -(-number // place.engines(sampler))
     fitting = max(1, int((sampler.filled * device.memory * sampler.devices - weights) // whole))
     at_once = min(sampler.at_once, size, fitting)
@@ -355,18 +360,19 @@ def iteration(shape: Shape, work: Work, place: Place, training: Training, sample
     score      2 P (Q + N) operations per column
     update     6 P (Q + N) operations per epoch, 8 P with activations recomputed; a critic as much of its own
     """
-    device, storage, ranks = place.device, place.device.storage, place.ranks
+    device, storage = place.device, place.device.storage
     speed = (device.flops if training.half else device.flops32) * TRAINED_AT
     weights, kept = float(shape.parameters * FLOAT), TABLE + ROW * work.responses
+    read_at = weights / place.ranks("score")
     token_row = kept + work.responses * work.prompt_tokens * INT
     decoding, engine = sampled(shape, work, place, sampler)
 
     def step(name: str, written: float, seconds: float, memory: float, read: float = 0.0, saved: float = 0.0) -> Step:
-        start = starting(name, place.launcher)
+        start = starting(name, place.by(name))
         return Step(written, seconds + saved / storage, start + read / storage, memory, read + saved)
 
     def stepped(name: str, of: Shape, rank: int | None) -> Step:
-        saved = checkpoint(of, rank)
+        saved, ranks = checkpoint(of, rank), place.ranks(name)
         held = training.held(of, rank, ranks) + training.activations(of, training.at_once(work))
         passes = (8 if training.recompute else 6) * work.epochs
         return step(name, saved, passes * of.parameters * work.read / (speed * ranks), held, saved, saved)
@@ -375,7 +381,7 @@ def iteration(shape: Shape, work: Work, place: Place, training: Training, sample
     steps = {
         "rollout": step("rollout", token_row + work.tokens * (INT + FLOAT + TEXT), decoding, engine, weights),
         "label": step("label", kept, 0.0, 0.0),
-        "score": step("score", kept + work.tokens * FLOAT * work.needs, reading, weights / ranks, work.needs * weights),
+        "score": step("score", kept + work.tokens * FLOAT * work.needs, reading, read_at, work.needs * weights),
         "advantage": step("advantage", token_row + work.tokens * (2 * INT + FLOAT * (1 + work.needs)), 0.0, 0.0),
         "update": stepped("update", shape, training.rank),
     }  # fmt: skip

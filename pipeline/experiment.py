@@ -317,14 +317,19 @@ class Ray(Settings):
     """Stage -> what a worker of it holds."""
 
 
+Launcher = Literal["inline", "process", "torchrun", "ray"]
+
+
 class Resources(Settings):
     """How stages run; no result depends on it beyond rounding."""
 
     engine: str = "vllm"
     """Who samples: `vllm`, `transformers`, `scripted`."""
-    launcher: Literal["inline", "process", "torchrun", "ray"] = "inline"
+    launcher: Launcher = "inline"
     """Where stages run: in this process, each in its own, those that train and read with a model in several, or
     shards of those that sample, label and read on a Ray cluster."""
+    launchers: dict[str, Launcher] = Field(default_factory=dict)
+    """Stage name -> its launcher, where that is another one."""
     torchrun: tuple[str, ...] = ("--standalone", "--nproc-per-node=auto")
     """What torchrun is told (launcher `torchrun`): how many processes, and where other nodes meet."""
     ray: Ray = Ray()
@@ -359,6 +364,10 @@ class Resources(Settings):
     """Stage name -> seconds after which it is ended as failed; none when absent."""
     limits: dict[str, str] = Field(default_factory=dict)
     """Hardware of a stage (`gpu`, `cpu`) -> name of the Prefect concurrency limit that it holds while it works."""
+
+    def launcher_of(self, stage: str) -> Launcher:
+        """Where a stage runs."""
+        return self.launchers.get(stage, self.launcher)
 
 
 class Experiment(Settings):

@@ -80,16 +80,17 @@ def launch(
     the command, or the signal that killed it. Whatever is raised here, no process is left behind.
     """
     resources = experiment[0].resources
-    if resources.launcher == "ray" and stage.shards:
+    launcher = resources.launcher_of(stage.name)
+    if launcher == "ray" and stage.shards:
         # Only who samples has engines of several devices, and settings that say so.
         devices = getattr(settings, "tensor_parallel", 1)
         with done_by(Workers(resources.ray, stage.name, stage.hardware, devices)):
             return stage.run(out, settings, **paths)
-    if resources.launcher in ("inline", "ray"):
+    if launcher in ("inline", "ray"):
         return _run_here(stage, out, settings, **paths)
     python = resources.python.get(stage.name, sys.executable)
     command = stage.command(out, settings, experiment, python, **paths)
-    if resources.launcher == "torchrun" and stage.ranks:
+    if launcher == "torchrun" and stage.ranks:
         command[1:1] = ["-m", "pipeline.torchrun", *resources.torchrun]
     ended = _run(command)
     if ended.code == 0:

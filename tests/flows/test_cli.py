@@ -22,6 +22,7 @@ BAD_RUNS = {
     "wrong type": (["small.toml", "--set", "scale.groups=many"], "scale.groups"),
     "group of one": (["small.toml", "--set", "recipe_changes.dapo.rollout.group_size=1"], "group_size >= 2"),
     "unknown engine": (["small.toml", "--set", "resources.engine=vlm"], "vllm, transformers, scripted"),
+    "unknown stage": (["small.toml", "--set", "resources.launchers.updat=torchrun"], "no stage is called 'updat'"),
     "unknown grader": (
         ["small.toml", "--set", "data.prompts.grader=maths", "--set", "data.prompts.source=files"],
         "maths",

@@ -73,6 +73,8 @@ def test_the_table_says_what_breaks_first(big, desk, tmp_path):
     assert "memory of rollout" in single and "resources.dtype=bfloat16" in single
     idle = desk.rlhf("plan", "small.toml", "--count", "8", "--set", "resources.launcher=ray").stdout
     assert "work for 8 engines" in idle and "resources.max_num_seqs=" in idle
+    shared = desk.rlhf("plan", "small.toml", "--count", "8", "--set", "resources.launchers.update=torchrun").stdout
+    assert "launcher inline, of update torchrun" in shared
 
 
 def test_a_model_that_cannot_fit_is_refused_before_the_run(big):
@@ -83,7 +85,7 @@ def test_a_model_that_cannot_fit_is_refused_before_the_run(big):
         "recompute=true (525 GB)",
         "micro_batch_tokens=24 (525 GB)",
         "offload=true (274 GB)",
-        "torchrun on 16",
+        "resources.launchers.update=torchrun on 16",
     ):
         assert words in refused.value.do
     assert "scale.lora={rank=16} (145 GB)" in refused.value.do

@@ -97,6 +97,14 @@ def test_a_launcher_gives_a_stage_one_device_or_all():
     assert starts == {0.0, STARTS["label"]} and inline["label"].start == 0.0
 
 
+def test_stages_may_have_launchers_of_their_own():
+    trained = dict.fromkeys(("update", "value"), "torchrun")
+    both = iteration(SEVEN, work(), Place(H100, 16, "ray", trained), HALF, ENGINE)
+    ray, torchrun = reckoned(16, launcher="ray"), reckoned(16, launcher="torchrun")
+    assert [both[name] for name in ("rollout", "score")] == [ray[name] for name in ("rollout", "score")]
+    assert both["update"] == torchrun["update"]
+
+
 def test_a_start_is_the_process_and_the_models_that_it_reads():
     weights = 4 * SEVEN.parameters / H100.storage
     assert reckoned(8, launcher="inline")["rollout"].start == pytest.approx(weights)

@@ -35,10 +35,10 @@ def by(toy, experiment_file, documents, tmp_path):
     """Launches the toy by the launcher of that name."""
     one = documents("one", "a", "b")
 
-    def launched(launcher, out, **changes):
+    def launched(launcher, out, *said, **changes):
         resolved = tmp_path / "resolved.toml"
         resolved.write_text(
-            Experiment.load(experiment_file, [f"resources.launcher={launcher}"]).dump(), encoding="utf-8"
+            Experiment.load(experiment_file, [f"resources.launcher={launcher}", *said]).dump(), encoding="utf-8"
         )
         experiment = Experiment.load(resolved)
         settings = toy.Settings.of(experiment, {"part": "a", **changes})
@@ -54,6 +54,13 @@ def test_a_process_makes_the_same_artifact_as_a_call(by, tmp_path):
     assert there.manifest.fingerprint == here.manifest.fingerprint
     assert there.manifest.digest == here.manifest.digest
     assert there.manifest.made["command"] != here.manifest.made["command"]
+
+
+def test_a_stage_may_have_a_launcher_of_its_own(by):
+    own = by("inline", "own", "resources.launchers.toy=process")
+    others = by("process", "others", "resources.launchers.toy=inline", "resources.launchers.update=torchrun")
+    assert own.manifest.made["command"] != others.manifest.made["command"]
+    assert own.manifest.digest == others.manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -208,7 +215,7 @@ def test_whatever_is_raised_here_ends_also_what_will_not_end(instead, sleepers, 
     finally:
         signal.signal(signal.SIGALRM, before)
         watcher.join()
-    assert not alive(sleepers(3))
+    assert wait_until(lambda: not alive(sleepers(3)))  # killed, and a busy machine takes its time
 
 
 def test_what_a_child_leaves_behind_ends_with_it(instead, sleepers):
