@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from pipeline.experiment import Experiment
 from stages.ingest import Settings as IngestSettings
 from stages.ingest import ingest
 
+ROOT = Path(__file__).resolve().parents[2]
 BIG = {
     "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 64,
     "num_attention_heads": 40, "num_key_value_heads": 8, "intermediate_size": 27648,
@@ -159,20 +161,28 @@ def test_wrong_requests_are_told(desk, tmp_path, big):
         plan(shared, tmp_path, "h100", 8, None)
 
 
+PEAK = """
+import runpy
+try:
+    runpy.run_module("stages.sft", run_name="__main__")
+finally:
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+"""Of the process alone: what the system tells its parent counts from the parent's own memory."""
+
+
 def trained(folder, demonstrations, layers, width):
     """Peak of the memory of a process that fits a new model to demonstrations; and that model's shape."""
     out = folder / f"{layers}-{width}"
     new = f"new={{layers={layers}, width={width}, heads=4, kv_heads=2, ffn=4, max_position=64}}"
     settings = (new, "tokens=64", "batch=64", "learning_rate=1e-4", "micro_batch_tokens=2048")
     words = [word for setting in settings for word in ("--set", setting)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.sft", "--demonstrations", demonstrations, "--out", out, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "--demonstrations", demonstrations, "--out", out, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    _, code, used = os.wait4(process.pid, 0)
-    process.returncode = code
-    assert code == 0
-    return used.ru_maxrss * 1024, Shape.of(json.loads((out / "config.json").read_bytes()))
+    peak = int(done.stdout.split()[-1]) * 1024
+    return peak, Shape.of(json.loads((out / "config.json").read_bytes()))
 
 
 def test_the_memory_of_a_training_is_near_what_was_reckoned(tmp_path):
