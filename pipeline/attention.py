@@ -4,6 +4,7 @@ Shapes: B rows, H heads, K heads of keys and values (H/K heads share one), T tok
 width of a head.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from pipeline.products import narrow_products
 
 NAME = "sdpa_or_products"
 """What transformers calls it."""
@@ -62,8 +65,9 @@ def attention(
     elif attention_mask is not None:
         added = added.expand(rows, seen).masked_fill(~attention_mask[:, 0, 0], -torch.inf)
         added = added.repeat_interleave(shared, dim=0)[:, None]
-    weights = torch.baddbmm(added, together, keys.transpose(1, 2), alpha=scaling).softmax(-1, dtype=torch.float32)
-    found = torch.bmm(weights.to(value.dtype), values).view(rows, heads, tokens, width)
+    with narrow_products() if one else nullcontext():  # every token that is sampled makes another shape
+        weights = torch.baddbmm(added, together, keys.transpose(1, 2), alpha=scaling).softmax(-1, dtype=torch.float32)
+        found = torch.bmm(weights.to(value.dtype), values).view(rows, heads, tokens, width)
     return found.transpose(1, 2).contiguous(), None
 
 

@@ -5,6 +5,7 @@ written into room that is there already.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.errors import EngineError
+from pipeline.products import wide_products
 
 ROOM = 1.5
 """How many times as long a text may become before what was read of it is copied to a larger place."""
+
+FEW = 128
+"""Tokens of a round from which on wide products are the faster ones, with a width of 128."""
 
 
 class Reader:
@@ -48,14 +53,15 @@ class Reader:
     @torch.inference_mode()
     def _forward(self) -> Float[Tensor, "R V"]:
         positions = (self.attended.cumsum(dim=1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
-        output = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.attended,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with wide_products() if self.tokens.numel() >= FEW else nullcontext():
+            output = self.model(
+                input_ids=self.tokens,
+                attention_mask=self.attended,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         logits: Tensor = output.logits[:, -1].float()
         if not torch.isfinite(logits).all():
             raise EngineError("the model's logits are not finite", do="check the checkpoint's tensors")

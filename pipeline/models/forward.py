@@ -20,6 +20,7 @@ from pipeline.models.checkpoint import reward_bias
 from pipeline.models.chunked import token_logprobs
 from pipeline.models.distributed import called
 from pipeline.models.precision import arithmetic
+from pipeline.products import wide_products
 
 # Logits that are not hidden state times head; these families would silently get wrong log-probabilities.
 LOGITS_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -52,6 +53,7 @@ class ResponseValues(NamedTuple):
     """True on response tokens."""
 
 
+@wide_products()
 def response_logprobs(
     model: Any,
     prompt_tokens: Sequence[Sequence[int]],
@@ -86,6 +88,7 @@ def response_logprobs(
     return ResponseLogprobs(logprobs, mask, None if entropies is None else _scatter(entropies, mask))
 
 
+@wide_products()
 def response_values(
     model: Any, prompt_tokens: Sequence[Sequence[int]], response_tokens: Sequence[Sequence[int]]
 ) -> ResponseValues:
@@ -105,6 +108,7 @@ def response_values(
     return ResponseValues(values, mask)
 
 
+@wide_products()
 def response_scores(
     model: Any, prompt_tokens: Sequence[Sequence[int]], response_tokens: Sequence[Sequence[int]]
 ) -> Float[Tensor, " B"]:

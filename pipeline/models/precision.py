@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.products import wide_products
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -20,8 +22,15 @@ def computing(model: Any, dtype: Dtype, recompute: bool = False) -> Any:
     """
     model.compute_dtype = dtype
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": _twice_the_same}
+        )
     return model
+
+
+def _twice_the_same() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """How a layer computes in the forward pass, and again in the backward pass."""
+    return wide_products(), wide_products()
 
 
 def arithmetic(model: Any) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.errors import NumericsError
 from pipeline.metrics import Metrics, console
 from pipeline.models.distributed import added, dealt, own, released, whole
+from pipeline.products import wide_products
 from pipeline.ranks import count
 from pipeline.seeds import derive
 from pipeline.training import batches
@@ -154,6 +155,7 @@ def _set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], share: 
         group["lr"] = peak * share
 
 
+@wide_products()
 def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
     """Accumulate one step's gradient over micro-batches and return the step's numbers."""
     weighed = objective.step(rows)
