@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.packing import Packed
 from pipeline.products import narrow_products
 
 NAME = "sdpa_or_products"
@@ -39,13 +40,16 @@ def attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    packed: Packed | None = None,
     **given: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     """softmax(scaling q k^T + mask) v, as transformers asks for it.
 
     By products where one token looks, or a short row at itself: heads that share keys are then tokens of one head, and
-    nothing is repeated for them. All else is `sdpa`'s.
+    nothing is repeated for them. All else is `sdpa`'s. Tokens that are `packed`, B = 1, are put in rows for this.
     """
+    if packed is not None:
+        return _in_rows(module, packed, query, key, value, scaling=scaling, dropout=dropout, **given), None
     (rows, heads, tokens, width), (shared, seen) = query.shape, key.shape[1:3]
     one = tokens == 1 and (attention_mask is None or attention_mask.dtype == torch.bool)
     whole = attention_mask is None and tokens == seen <= SHORT and query.device.type == "cpu"
@@ -69,6 +73,20 @@ def attention(
         weights = torch.baddbmm(added, together, keys.transpose(1, 2), alpha=scaling).softmax(-1, dtype=torch.float32)
         found = torch.bmm(weights.to(value.dtype), values).view(rows, heads, tokens, width)
     return found.transpose(1, 2).contiguous(), None
+
+
+def _in_rows(
+    module: Any, packed: Packed, query: Tensor, key: Tensor, value: Tensor, **given: Any
+) -> Float[Tensor, "1 N H D"]:
+    """Attention of packed tokens: rows of one length after the other, padded on the right and so without a mask."""
+    packed.attended += 1
+    width = query.shape[-1]
+    blocks = (packed.apart(states[0].transpose(0, 1).flatten(1)) for states in (query, key, value))
+    found = []
+    for block in zip(*blocks, strict=True):
+        heads = [states.view(*states.shape[:2], -1, width).transpose(1, 2) for states in block]
+        found.append(attention(module, heads[0], heads[1], heads[2], None, **given)[0].flatten(2))
+    return packed.together(found).view(1, query.shape[2], -1, width)
 
 
 def _earlier(tokens: int, device: torch.device) -> Bool[Tensor, "T T"]:

@@ -17,7 +17,7 @@ from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.device import device
-from pipeline.models.forward import response_logprobs
+from pipeline.models.forward import packs, response_logprobs
 from pipeline.models.precision import computing
 from pipeline.stage import ModelSettings, stage
 from pipeline.text import Chat
@@ -79,7 +79,8 @@ class Predicted:
 def read(model: nn.Module, examples: Sequence[Example], budget: int) -> Iterator[tuple[int, float]]:
     """Number of every window, and the sum over its tokens of -log p at temperature 1; longest first."""
     lengths = np.array([len(example.prompt) + len(example.targets) for example in examples], dtype=np.int64)
-    for done, rows in enumerate(micro_batches(np.arange(len(examples)), lengths, budget)):
+    cut = micro_batches(np.arange(len(examples)), lengths, budget, packed=packs(model))
+    for done, rows in enumerate(cut):
         chosen = [examples[row] for row in rows]
         with torch.no_grad():
             found = response_logprobs(model, [e.prompt for e in chosen], [e.targets for e in chosen])

@@ -29,8 +29,9 @@ from pipeline.metrics import console
 from pipeline.models import checkpoint
 from pipeline.models.device import give_back
 from pipeline.models.distributed import shard, together
-from pipeline.models.forward import response_logprobs, response_scores, response_values
+from pipeline.models.forward import packs, response_logprobs, response_scores, response_values
 from pipeline.models.precision import computing
+from pipeline.packing import numbered
 from pipeline.shards import spread
 from pipeline.stage import ModelSettings, stage
 from pipeline.text import Chat
@@ -153,7 +154,10 @@ def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Ar
             found = reader(model, [prompts[i] for i in micro], [responses[i] for i in micro])
         return found.float().cpu().numpy()
 
-    for micro, numbers in together(list(micro_batches(np.arange(len(responses)), lengths, budget)), numbers_of):
+    cut = micro_batches(
+        np.arange(len(responses)), lengths, budget, packed=packs(model), groups=numbered(prompts)
+    )  # fmt: skip
+    for micro, numbers in together(list(cut), numbers_of):
         for place, row in enumerate(micro):
             rows[row] = numbers[place, : len(responses[row])] if numbers.ndim == 2 else numbers[place]
         done += len(micro)

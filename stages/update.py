@@ -131,7 +131,7 @@ class Improvement:
             f"{i}/{s}" for i, s in zip(table["prompt_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
         ]
         self.mask = torch.from_numpy(ragged.mask_of(ragged.lengths(table["response_tokens"])))
-        self.group = torch.from_numpy(np.unique(table["prompt_id"].to_pylist(), return_inverse=True)[1])
+        self.groups = np.unique(table["prompt_id"].to_pylist(), return_inverse=True)[1]
         self.counted = {
             "all": torch.ones(len(self.mask), dtype=torch.bool),
             **{name: torch.tensor([bool(value) for value in table[name].to_pylist()]) for name in _MASKS},
@@ -152,7 +152,7 @@ class Improvement:
 
     def step(self, rows: Rows) -> Weighed:
         """Weigh the tokens of a whole optimizer step, before it is cut."""
-        mask, group = self.mask[rows], self.group[rows]
+        mask, group = self.mask[rows], torch.from_numpy(self.groups[rows])
         weights = [self.weigh(mask & self.counted[term.on][rows][:, None], group) for term in self.terms]
         place = {int(row): index for index, row in enumerate(rows)}
         return Weighed(place, weights, WEIGHTS["token_mean"](mask, group))
@@ -227,6 +227,8 @@ class Rehearsal:
         self.improvement, self.imitation, self.coef = improvement, Imitation(documents), coef
         self.first = len(improvement.lengths)
         self.lengths = np.concatenate([improvement.lengths, self.imitation.lengths])
+        apart = len(self.lengths) + np.arange(len(self.imitation.lengths))
+        self.groups = np.concatenate([improvement.groups, apart])
 
     def passes(self, rows: Rows) -> Sequence[Rows]:
         """Responses and documents: they are read at temperatures of their own."""

@@ -21,7 +21,7 @@ from pipeline.errors import ContractError, ExperimentError, InputError, RecipeEr
 from pipeline.experiment import Experiment
 from pipeline.models import adapters, checkpoint
 from pipeline.models.distributed import shard, together
-from pipeline.models.forward import response_values
+from pipeline.models.forward import packs, response_values
 from pipeline.models.precision import computing
 from pipeline.seeds import derive
 from pipeline.stage import TrainingSettings, stage
@@ -110,6 +110,7 @@ class Regression:
         self.prompts, self.responses = (table[name].to_pylist() for name in ("prompt_tokens", "response_tokens"))
         self.lengths = np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)])
         self.prompt_ids = table["prompt_id"].to_pylist()
+        self.groups = np.unique(self.prompt_ids, return_inverse=True)[1]
         self.samples = table["sample"].to_pylist()
         self.mask = ragged.mask_of(ragged.lengths(table["response_tokens"]))
         self.returns = ragged.pad(table["returns"], self.mask.shape[1])
@@ -145,8 +146,8 @@ class Regression:
         values = np.zeros(self.mask.shape, dtype=np.float32)
         model.eval()
         with torch.no_grad():
-            pieces = list(batches.micro_batches(rows, self.lengths, budget))
-            for some, read in together(pieces, lambda some: self._read(model, some).values.cpu().numpy()):
+            cut = batches.micro_batches(rows, self.lengths, budget, packed=packs(model), groups=self.groups)
+            for some, read in together(list(cut), lambda some: self._read(model, some).values.cpu().numpy()):
                 values[some, : read.shape[1]] = read
         model.train(training)
         found: Float[np.ndarray, "N T"] = values[rows]

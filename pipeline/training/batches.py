@@ -1,16 +1,15 @@
 """Rows to optimizer steps and from there to what fits in memory, all a function of the seed."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from pipeline import packing
 from pipeline.seeds import derive
 
 Rows = Int[np.ndarray, " N"]
-
-MOST_PADDING = 0.1
-"""Share of a micro-batch's tokens; how it was chosen stands in tests/benchmarks/README.md."""
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Rows:
@@ -55,22 +54,35 @@ def held_out(prompt_ids: Sequence[str], share: float, seed: int) -> Bool[np.ndar
 
 
 def micro_batches(
-    rows: Rows, lengths: Int[np.ndarray, " M"], budget: int, padding: float = MOST_PADDING
-) -> Iterator[Rows]:
-    """Cut one step's rows into runs of similar length, with at most `budget` tokens and little padding.
+    rows: Rows, lengths: Int[np.ndarray, " M"], budget: int, *, packed: bool = False,
+    groups: Int[np.ndarray, " M"] | None = None,
+) -> Iterator[Rows]:  # fmt: skip
+    """Cut one step's rows into runs of at most `budget` tokens; a row longer than that goes alone.
 
-    `lengths[row]` is the number of tokens of a row. Of a run's padded size at most `padding` is none of them. A row
-    longer than the budget goes alone. Longest first, so that a budget that does not fit into memory fails at once.
+    `lengths[row]` is the number of tokens of a row, prompt included. Rows that are read side by side are of similar
+    length: at most `packing.MOST_PADDING` of a run's padded size is none of them. Those that are `packed` have no
+    padding, and rows of one group share their prompt: a group stays together where it fits into a run.
+    Longest first either way, so that a budget that does not fit into memory fails at once.
     """
-    order = rows[np.argsort(-lengths[rows], kind="stable")]
-    tokens = np.cumsum(np.concatenate([[0], lengths[order]]))
-    start = 0
-    while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        fitting = max(1, budget // longest)
-        counts = np.arange(1, min(fitting, len(order) - start) + 1)
-        # The share of padding only grows with the count: rows get shorter.
-        dense = tokens[start + counts] - tokens[start] >= (1 - padding) * longest * counts
-        taken = max(1, int(dense.sum()))
-        yield order[start : start + taken]
-        start += taken
+    if not packed:
+        order = rows[np.argsort(-lengths[rows], kind="stable")]
+        yield from (order[run] for run in packing.runs(lengths[order], budget=budget))
+        return
+    group = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
+    longest = np.zeros(len(rows), dtype=np.int64)
+    np.maximum.at(longest, group, lengths[rows])
+    order = np.lexsort((-lengths[rows], group, -longest[group]))
+    run: list[int] = []
+    room = budget
+    for _, members in groupby(order.tolist(), group.__getitem__):
+        together = list(members)
+        sizes = lengths[rows[together]].tolist()
+        whole = sum(sizes) <= budget
+        for place, size in zip(together, sizes, strict=True):
+            if run and (sum(sizes) if whole and place == together[0] else size) > room:
+                yield rows[run]
+                run, room = [], budget
+            run.append(place)
+            room -= size
+    if run:
+        yield rows[run]

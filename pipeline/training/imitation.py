@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Imitation:
     """
 
     examples: Sequence[Example]
+    groups: ClassVar[None] = None
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " M"]:

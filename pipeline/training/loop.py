@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.errors import NumericsError
 from pipeline.metrics import Metrics, console
 from pipeline.models.distributed import added, dealt, own, released, whole
+from pipeline.models.forward import packs
 from pipeline.products import wide_products
 from pipeline.ranks import count
 from pipeline.seeds import derive
@@ -45,6 +47,11 @@ class Objective(Protocol):
     @property
     def lengths(self) -> Int[np.ndarray, " M"]:
         """Tokens per row, prompt included."""
+        ...
+
+    @property
+    def groups(self) -> Int[np.ndarray, " M"] | None:
+        """Rows of one number have one prompt; None where no two have."""
         ...
 
     def passes(self, rows: Rows) -> Sequence[Rows]:
@@ -162,7 +169,8 @@ def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -
     if count() > 1:  # every rank is to have work
         budget = min(budget, -(-int(objective.lengths[rows].sum()) // count()))
     kinds = [kind for kind in objective.passes(rows) if len(kind)]
-    micros = [micro for kind in kinds for micro in batches.micro_batches(kind, objective.lengths, budget)]
+    cut = partial(batches.micro_batches, budget=budget, packed=packs(model), groups=objective.groups)
+    micros = [micro for kind in kinds for micro in cut(kind, objective.lengths)]
     numbers: dict[str, float] = {"loss/total": 0.0}
     largest: set[str] = set()
     for micro, counts in dealt(micros):

@@ -6,7 +6,7 @@ Shapes: E elements (prompts), N rankings, K responses of the longest ranking, R 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pipeline import ragged
 from pipeline.algorithms.losses import pairs, ranking
 from pipeline.models.device import device
 from pipeline.models.distributed import together
-from pipeline.models.forward import group_scores
+from pipeline.models.forward import packs, response_scores
 from pipeline.text import Chat
 from pipeline.training import batches
 from pipeline.training.batches import Rows
@@ -47,7 +47,7 @@ class Element:
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of a row per response: the most that a forward pass reads, where prompts are not shared."""
+        """Padded tokens of a row per response: the most that a forward pass reads, where nothing is packed."""
         return len(self.responses) * (len(self.prompt) + max(map(len, self.responses)))
 
     def only(self, rankings: Iterable[Ranked]) -> "Element":
@@ -166,6 +166,8 @@ class Preference:
     """Each has a pair."""
     margin: float = 0.0
     """The better response must lead by this times the difference of the ratings."""
+    groups: ClassVar[None] = None
+    """An element has all responses to its prompt."""
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " E"]:
@@ -200,7 +202,8 @@ class Preference:
 
 def element_scores(model: nn.Module, some: Sequence[Element]) -> Float[Tensor, " R"]:
     """Scores of all responses, one element after the other."""
-    return group_scores(model, [element.prompt for element in some], [element.responses for element in some])
+    prompts = [element.prompt for element in some for _ in element.responses]
+    return response_scores(model, prompts, [response for element in some for response in element.responses])
 
 
 def scored(model: nn.Module, some: Sequence[Element], budget: int) -> Float[np.ndarray, " R"]:
@@ -208,7 +211,7 @@ def scored(model: nn.Module, some: Sequence[Element], budget: int) -> Float[np.n
     found: dict[int, np.ndarray] = {}
     lengths = np.array([element.tokens for element in some], dtype=np.int64)
     with torch.no_grad():
-        pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget))
+        pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget, packed=packs(model)))
         for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows])):
             ends = np.cumsum([len(some[row].responses) for row in rows])[:-1]
             found |= zip(rows.tolist(), np.split(scores, ends), strict=True)

@@ -95,7 +95,7 @@ def test_training_reads_and_goes_back_by_wide_products(policy, seen):
         return Losses(response_logprobs(model, [[1, 2]] * len(rows), [[3, 4]] * len(rows)).logprobs.sum(), {})
 
     objective = SimpleNamespace(
-        lengths=np.full(4, 4), step=lambda rows: None, passes=lambda rows: [rows], losses=losses
+        lengths=np.full(4, 4), groups=None, step=lambda rows: None, passes=lambda rows: [rows], losses=losses
     )  # fmt: skip
     _backward(policy, objective, np.arange(4), 1000)
     assert set(seen) == set(backward) == {"bf16"}

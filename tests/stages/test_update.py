@@ -308,10 +308,11 @@ def test_clip_metrics_count_the_tokens_whose_gradient_stops(by_hand, table, poli
     assert measured["clip/low", 1] == 0
     assert measured["kl/old", 1] == pytest.approx(math.exp(-1) + 1 - 1, rel=1e-4)
     assert measured["ratio/max", 1] == pytest.approx(math.e, rel=1e-4)
-    certain = [{**row, "old_logprobs": [0.0] * len(row["old_logprobs"])} for row in rows]
-    below = [
-        sum(math.exp(value) < 0.8 for value in row["old_logprobs"]) * (row["advantages"][0] < 0) for row in rows
-    ]  # fmt: skip
+    certain = [
+        {**row, "old_logprobs": [0.0] * count, "advantages": [-1.0] * count}
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    below = [sum(math.exp(value) < 0.8 for value in row["old_logprobs"]) for row in rows]
     made = update.run(
         tmp_path / "below", settings(recipe), advantages=by_hand(ADVANTAGES, certain).path, policy=policy.path
     )

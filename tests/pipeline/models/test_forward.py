@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from pipeline.attention import attend_by_products
 from pipeline.errors import ContractError, ExperimentError, NumericsError
 from pipeline.models import chunked
 from pipeline.models.checkpoint import load_critic, load_reward_model
 from pipeline.models.forward import (
-    SHARE_PROMPTS,
-    group_scores,
+    PACKED,
+    packs,
     response_logprobs,
     response_scores,
     response_values,
@@ -308,7 +309,9 @@ def tiny(family, attention="sdpa", **more):
     config.reward_bias = 0.25
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention).eval()
+    attend_by_products(model)
+    return model
 
 
 def drawn(seed, prompt=(1, 60), response=(1, 12), most=9, groups=5):
@@ -326,10 +329,21 @@ def drawn(seed, prompt=(1, 60), response=(1, 12), most=9, groups=5):
     return [prompts[0][:1], *prompts[1:]], [*made[:-1], [made[-1][0][:1], *made[-1][1:]]]
 
 
+def repeated(prompts, groups):
+    """A prompt for each response, and the responses."""
+    together = [(prompt, response) for prompt, group in zip(prompts, groups, strict=True) for response in group]
+    return [prompt for prompt, _ in together], [response for _, response in together]
+
+
+def group_scores(model, prompts, groups):
+    """Scores of all responses, which are read together."""
+    return response_scores(model, *repeated(prompts, groups))
+
+
 def one_by_one(model, prompts, groups):
-    """The same scores, every response read after its own copy of the prompt."""
-    repeated = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
-    return response_scores(model, repeated, [response for group in groups for response in group])
+    """The same scores, every response read for itself."""
+    pairs = zip(*repeated(prompts, groups), strict=True)
+    return torch.cat([response_scores(model, [prompt], [response]) for prompt, response in pairs])
 
 
 @pytest.fixture
@@ -370,15 +384,45 @@ def assert_same(model, prompts, groups):
         assert torch.allclose(ours[name], gradient, atol=2e-5 * float(gradient.abs().max()) + 1e-6), name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", sorted(SHARE_PROMPTS))
-def test_a_prompt_read_once_gives_the_scores_and_gradients_of_one_read_for_each_response(family, attention, read):
-    model, (prompts, groups) = tiny(family, attention), drawn(0, prompt=(30, 60))
+def tokens_of(prompts, groups):
+    return sum(map(len, prompts)) + sum(len(response) for group in groups for response in group)
+
+
+@pytest.mark.parametrize("response", [(1, 12), (80, 130)], ids=["short", "long"])
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_tokens_behind_one_another_give_the_scores_and_gradients_of_rows_of_their_own(family, response, read):
+    model, (prompts, groups) = tiny(family), drawn(0, prompt=(30, 60), response=response, most=4)
     shapes = read(model)
     with torch.no_grad():
         assert group_scores(model, prompts, groups).std() > 0.05
-    assert shapes == [(5, max(len(p) + sum(map(len, g)) for p, g in zip(prompts, groups, strict=True)))]
+    assert shapes == [(1, tokens_of(prompts, groups))]
     assert_same(model, prompts, groups)
+
+
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_so_they_do_where_layers_are_computed_again_for_the_backward_pass(family):
+    model, (prompts, groups) = tiny(family), drawn(1, most=4)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(model.train(), prompts, groups)
+
+
+def test_log_probabilities_and_entropies_of_packed_responses_are_those_of_each(model):
+    prompts, responses = repeated(*drawn(3))
+    prompts, responses = [*prompts, prompts[0]], [*responses, []]
+    together = response_logprobs(model, prompts, responses, temperature=0.7, entropy=True)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        logprobs, entropies = plain(model, prompt, response, 0.7)
+        assert together.mask[row].sum() == len(response)
+        assert torch.allclose(together.logprobs[row, : len(response)], logprobs, atol=1e-5)
+        assert torch.allclose(together.entropies[row, : len(response)], entropies, atol=1e-5)
+
+
+def test_a_family_that_does_not_ask_for_attention_as_it_is_told_is_refused(monkeypatch):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.config = type(model.config)(**model.config.to_dict(), attn_implementation="sdpa")
+    with pytest.raises(ExperimentError, match="llama attends by other means"):
+        response_scores(model, [[5]], [[6]])
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -421,7 +465,7 @@ def test_a_response_does_not_see_the_others(reward_model, read):
             moved = (group_scores(reward_model, prompts, changed) - before).abs()
             assert moved[place] > 1e-3
             assert moved[torch.arange(5) != place].max() <= 1e-6
-    assert {rows for rows, _ in shapes} == {2}
+    assert {rows for rows, _ in shapes} == {1}
 
 
 def test_a_score_of_a_group_that_is_not_finite_is_refused_with_its_response(reward_model):
@@ -444,24 +488,15 @@ def test_as_many_prompts_as_groups(reward_model):
         group_scores(reward_model, [[5]], [[[7]], [[8]]])
 
 
-@pytest.mark.parametrize("prompt", [1, 5])
-def test_long_responses_to_a_short_prompt_are_read_one_by_one(reward_model, read, prompt):
-    prompts, groups = [[5] * prompt], [[[token] * 100 for token in range(6, 15)]]
-    shapes = read(reward_model)
-    assert_same(reward_model, prompts, groups)
-    assert set(shapes) == {(9, prompt + 100)}
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("family", "more"),
     [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 1})],
     ids=["mistral", "qwen2"],
 )
 @pytest.mark.parametrize(("window", "rows"), [(33, 1), (32, 4)])
-def test_what_does_not_fit_in_the_window_of_a_layer_is_read_one_by_one(attention, family, more, window, rows, read):
+def test_what_does_not_fit_in_the_window_of_a_layer_is_read_in_rows(family, more, window, rows, read):
     # Texts have 33 tokens; together they have 42, more than either window.
-    model = tiny(family, attention, sliding_window=window, **more)
+    model = tiny(family, sliding_window=window, **more)
     assert model.config.sliding_window == window
     prompts, groups = [list(range(2, 32))], [[[token] * 3 for token in range(35, 39)]]
     with torch.no_grad():
@@ -470,7 +505,7 @@ def test_what_does_not_fit_in_the_window_of_a_layer_is_read_one_by_one(attention
         assert shapes[0][0] == rows
         assert torch.allclose(found, one_by_one(model, prompts, groups), atol=1e-5)
         # The window matters: the same weights without one say something else of texts that are longer.
-        free = tiny(family, attention, sliding_window=None)
+        free = tiny(family, sliding_window=None)
         assert torch.allclose(found, group_scores(free, prompts, groups), atol=1e-5) == (window == 33)
 
 
@@ -479,15 +514,23 @@ def test_a_row_may_have_more_tokens_than_the_model_has_positions(read):
     groups = [[[token] * 3 for token in range(7, 16)], [[8, 9], [9]]]
     shapes = read(model)
     assert_same(model, prompts, groups)
-    assert shapes[0] == (2, 57)
+    assert shapes[0] == (1, 55 + 9 * 3 + 3)
+
+
+def test_eager_attention_is_left_alone(read):
+    model, (prompts, groups) = tiny("llama", "eager"), drawn(0)
+    shapes = read(model)
+    assert_same(model, prompts, groups)
+    assert not packs(model)
+    assert shapes[0][0] == sum(map(len, groups))
 
 
 @pytest.mark.parametrize("family", ["bloom", "jamba"])
-def test_a_family_that_takes_no_mask_or_no_positions_is_read_one_by_one(family, read):
+def test_a_family_that_takes_no_positions_or_is_recurrent_is_read_in_rows(family, read):
     more = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False} if family == "jamba" else {}
     model = tiny(family, None if family == "bloom" else "sdpa", **more)
     prompts, groups = drawn(0, prompt=(30, 60))
     count = sum(map(len, groups))
     shapes = read(model)
     assert_same(model, prompts, groups)
-    assert {rows for rows, _ in shapes} == {count}
+    assert shapes[0][0] == count and {rows for rows, _ in shapes[1:]} == {1}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.models.forward import group_scores, response_logprobs, response_values
+from pipeline.models.forward import response_logprobs, response_scores, response_values
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.models.precision import computing
 from pipeline.training.optimizer import adamw
@@ -91,10 +91,9 @@ def test_heads_of_half_precision_models_answer_in_float32(fresh, tmp_path):
     _, tokenizer = create(ModelSpec(layers=1, width=64, heads=2, max_position=64), ["0123456789+=, abc"], 1)
     checkpoint.save(policy, tokenizer, tmp_path)
     critic, reader = checkpoint.fresh_critic(tmp_path, 3), checkpoint.fresh_reward_model(tmp_path, 3)
-    groups = [[[6, 2], [6, 3], [9]], [[7, 3], [2], [8, 8, 8]]]
     for model, read in (
         (critic, lambda model: response_values(model, PROMPTS, RESPONSES).values),
-        (reader, lambda model: group_scores(model, PROMPTS, groups)),
+        (reader, lambda model: response_scores(model, PROMPTS * 2, [*RESPONSES, [2], [8, 8, 8]])),
     ):
         with torch.no_grad():
             plain, half = read(model), read(computing(model, "bfloat16"))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.batches import MOST_PADDING, dealt, drawn, held_out, micro_batches, shuffled
+from pipeline.packing import MOST_PADDING
+from pipeline.training.batches import dealt, drawn, held_out, micro_batches, shuffled
 
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=40).map(np.array)
 
@@ -31,9 +32,30 @@ def test_micro_batches_are_as_large_as_fits(count):
 
 def test_a_micro_batch_ends_where_it_would_be_padding():
     lengths = np.array([100, 98, 70, 66, 65, 10])
-    found = [lengths[part].tolist() for part in micro_batches(np.arange(6), lengths, 1000, padding=0.1)]
+    found = [lengths[part].tolist() for part in micro_batches(np.arange(6), lengths, 1000)]
     assert found == [[100, 98], [70, 66, 65], [10]]
-    assert [part.tolist() for part in micro_batches(np.arange(6), lengths, 1000, padding=1.0)] == [list(range(6))]
+    assert [part.tolist() for part in micro_batches(np.arange(6), lengths, 1000, packed=True)] == [list(range(6))]
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), min_size=1, max_size=40), st.integers(1, 200))
+def test_packed_rows_stay_with_their_group_where_it_fits(made, budget):
+    lengths, groups = (np.array(column) for column in zip(*made, strict=True))
+    rows = np.flatnonzero(groups < 5)
+    parts = list(micro_batches(rows, lengths, budget, packed=True, groups=groups))
+    assert sorted(row for part in parts for row in part) == rows.tolist()
+    for part in parts:
+        assert len(part) == 1 or lengths[part].sum() <= budget
+    for group in np.unique(groups[rows]):
+        whole = rows[groups[rows] == group]
+        if lengths[whole].sum() <= budget:
+            assert sum(bool(set(whole) & set(part)) for part in parts) == 1
+    if parts:
+        assert lengths[parts[0]].max() == lengths[rows].max()
+
+
+def test_packed_rows_without_groups_are_cut_by_the_budget_alone():
+    parts = list(micro_batches(np.arange(4), np.array([1, 9, 3, 5]), 9, packed=True))
+    assert [part.tolist() for part in parts] == [[1], [3, 2, 0]]
 
 
 @given(st.integers(0, 60), st.integers(1, 70), st.integers(1, 3))
