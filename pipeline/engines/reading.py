@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.errors import EngineError
+from pipeline.finite import all_finite
 from pipeline.products import wide_products
 
 ROOM = 1.5
@@ -63,7 +64,7 @@ class Reader:
                 logits_to_keep=1,
             )
         logits: Tensor = output.logits[:, -1].float()
-        if not torch.isfinite(logits).all():
+        if not all_finite(logits):
             raise EngineError("the model's logits are not finite", do="check the checkpoint's tensors")
         return logits
 

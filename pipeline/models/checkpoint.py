@@ -39,6 +39,7 @@ from transformers.utils import logging
 from pipeline.artifacts import FileIdentity, identity
 from pipeline.attention import attend_by_products
 from pipeline.errors import ArtifactError, ExperimentError
+from pipeline.finite import all_finite
 from pipeline.models import adapters
 from pipeline.models.distributed import gathered, released
 from pipeline.ranks import count, rank
@@ -403,7 +404,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, _Tensor]]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118, a safetensors file is not a mapping
                 tensor = opened.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if tensor.is_floating_point() and not all_finite(tensor):
                     count = int((~torch.isfinite(tensor)).sum())
                     raise ArtifactError(f"{name} has {count} of {tensor.numel()} numbers not finite", where=str(file))
                 yield (

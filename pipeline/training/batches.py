@@ -7,9 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from pipeline import packing
+from pipeline.models.device import device
 from pipeline.seeds import derive
 
 Rows = Int[np.ndarray, " N"]
+
+MOST_ON_PROCESSORS = 8192
+"""Tokens of a run where there is no accelerator: what a layer of more leaves for the next is outside the caches."""
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Rows:
@@ -64,6 +68,8 @@ def micro_batches(
     padding, and rows of one group share their prompt: a group stays together where it fits into a run.
     Longest first either way, so that a budget that does not fit into memory fails at once.
     """
+    if device().type == "cpu":
+        budget = min(budget, MOST_ON_PROCESSORS)
     if not packed:
         order = rows[np.argsort(-lengths[rows], kind="stable")]
         yield from (order[run] for run in packing.runs(lengths[order], budget=budget))

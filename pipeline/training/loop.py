@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import NumericsError
+from pipeline.finite import all_finite
 from pipeline.metrics import Metrics, console
 from pipeline.models.distributed import added, dealt, own, released, whole
 from pipeline.models.forward import packs
@@ -207,7 +208,7 @@ def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int)
 def _refuse_overflow(model: nn.Module, taken: int) -> None:
     """Raise for weights that a step has made infinite though its gradient was finite."""
     for name, weights in released(model).named_parameters():
-        if not bool(own(weights).isfinite().all()):
+        if not all_finite(own(weights)):
             raise NumericsError(f"weights are not finite after step {taken}", name, "lower the learning rate")
 
 
