@@ -1,6 +1,8 @@
 """One run from its experiment to its end: foundations, evaluation of policy 0, the loop, evaluation of the last."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import flow, runtime
@@ -119,6 +121,16 @@ def _tell(run: Run, number: int) -> None:
     _track(run)
 
 
+@contextmanager
+def _nothing_old_collected() -> Iterator[None]:
+    """Have Python's garbage collector leave out what was there before: half a second of the first iteration."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def settle_again(run: Run) -> None:
     """What may still be wanted of a run that is done: another word on promotion, event files."""
     settle(run)
@@ -161,7 +173,8 @@ def run_experiment(
         )
         console.line(memory)
         try:
-            outcome = walk(run, at_most)
+            with _nothing_old_collected():
+                outcome = walk(run, at_most)
         finally:  # what a run that stopped has measured is to be seen as well
             write_metrics(run.folder)
             hacking.draw([run.folder])

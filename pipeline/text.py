@@ -26,12 +26,8 @@ class Chat:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                checkpoint, local_files_only=True, trust_remote_code=False
-            )
+            self.tokenizer = _tokenizer(checkpoint)
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"no tokenizer: {error}", str(checkpoint), "name a Hugging Face model directory"
@@ -155,3 +151,29 @@ class Chat:
                 str(self.checkpoint),
                 "leave such conversations out, or use another template",
             ) from error
+
+
+_OF_TOKENIZERS = re.compile(
+    r"config\.json|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template).*|.*\.model"
+)
+"""Names of the files that a tokenizer is made of."""
+_KEPT = 4
+"""Tokenizers of different files that a process keeps; a large one takes a second to read."""
+_tokenizers: dict[str, Any] = {}
+
+
+def _tokenizer(checkpoint: Path) -> Any:
+    """The checkpoint's tokenizer; that of another checkpoint, if it was read from the same bytes."""
+    from transformers import AutoTokenizer
+
+    read = hashlib.sha256()
+    for file in sorted(checkpoint.glob("*")):
+        if _OF_TOKENIZERS.fullmatch(file.name) and file.is_file():
+            read.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    about = read.hexdigest()
+    if about not in _tokenizers:
+        made = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        while len(_tokenizers) >= _KEPT:
+            del _tokenizers[next(iter(_tokenizers))]
+        _tokenizers[about] = made
+    return _tokenizers[about]

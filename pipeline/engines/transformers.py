@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -43,12 +45,15 @@ class TransformersEngine:
         self.closed = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = None
+        self._like: dict[str, Any] | None = None
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights; refuse a checkpoint that leaves any of the model's tensors unset."""
         ensure_open(self)
-        self._model = None
         with fatal(self, "loading the checkpoint", checkpoint), _no_progress_bar():
+            if self._take(checkpoint):
+                return
+            self._model = None
             model, loading = AutoModelForCausalLM.from_pretrained(
                 checkpoint,
                 dtype=_dtype(self.options.dtype),
@@ -60,6 +65,24 @@ class TransformersEngine:
                 raise EngineError(f"no tensor for {sorted(loading['missing_keys'])}", where=str(checkpoint))
             self._model = model.to(self.device).eval()
             attend_by_products(self._model)
+            self._like = _shapes(checkpoint) if self._holds(checkpoint) else None
+
+    def _holds(self, checkpoint: Path) -> bool:
+        """Whether the model's tensors are those in the files: of some families transformers makes others of them."""
+        own, read = self._model.state_dict(), dict(_read(checkpoint))
+        return bool(read) and all(
+            name in own and own[name].cpu().equal(tensor.to(own[name].dtype)) for name, tensor in read.items()
+        )
+
+    def _take(self, checkpoint: Path) -> bool:
+        """Take the weights of a checkpoint that is like the loaded one but for them, and whether it is."""
+        if self._model is None or self._like is None or _shapes(checkpoint) != self._like:
+            return False
+        own = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in _read(checkpoint):
+                own[name].copy_(tensor)
+        return True
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
@@ -115,6 +138,22 @@ class TransformersEngine:
                     if time.monotonic() > deadline:
                         raise EngineError(f"sampling took longer than {self.options.timeout} s", do="raise timeout")
                 yield from (completion for completion in finished if completion.prompt not in done)
+
+
+def _shapes(checkpoint: Path) -> dict[str, Any]:
+    """What checkpoints have in common that differ in their weights alone: the config, and name, shape and dtype."""
+    found: dict[str, Any] = {"config": (checkpoint / "config.json").read_bytes()}
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, no mapping
+            found |= {f"tensor {name}": (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+    return found
+
+
+def _read(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a checkpoint's files."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        yield from load_file(file).items()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,13 @@
 """Text and tokens: what the assistant wrote, and nothing else."""
 
+import json
+import shutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import text
 from pipeline.errors import ArtifactError, InputError
 from pipeline.models.checkpoint import save
 from pipeline.models.fresh import ModelSpec, create
@@ -230,3 +234,26 @@ def test_a_document_begins_with_the_start_token_where_there_is_one(policies):
 
 def test_a_document_without_text_has_nothing_to_predict(chats):
     assert chats["characters"].document_tokens("", 100) == []
+
+
+def test_a_tokenizer_of_the_same_bytes_is_read_once(policies, tmp_path):
+    one = next(iter(policies.values()))
+    first = Chat(one)
+    shutil.copytree(one, tmp_path / "copy")
+    copied = Chat(tmp_path / "copy")
+    assert copied.tokenizer is first.tokenizer
+    assert copied.checkpoint != first.checkpoint
+    config = tmp_path / "copy" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 77}))
+    changed = Chat(tmp_path / "copy").tokenizer
+    assert changed is not first.tokenizer and changed.model_max_length == 77
+
+
+def test_few_tokenizers_are_kept(policies, tmp_path):
+    one = next(iter(policies.values()))
+    config = json.loads((one / "tokenizer_config.json").read_text())
+    for number in range(10):
+        shutil.copytree(one, tmp_path / str(number))
+        (tmp_path / str(number) / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": number}))
+        assert Chat(tmp_path / str(number)).tokenizer.model_max_length == number
+    assert len(text._tokenizers) <= text._KEPT
