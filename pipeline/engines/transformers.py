@@ -69,10 +69,11 @@ class TransformersEngine:
 
     def _holds(self, checkpoint: Path) -> bool:
         """Whether the model's tensors are those in the files: of some families transformers makes others of them."""
-        own, read = self._model.state_dict(), dict(_read(checkpoint))
-        return bool(read) and all(
-            name in own and own[name].cpu().equal(tensor.to(own[name].dtype)) for name, tensor in read.items()
-        )
+        own = self._model.state_dict()
+        found = [
+            name in own and own[name].cpu().equal(tensor.to(own[name].dtype)) for name, tensor in _read(checkpoint)
+        ]
+        return bool(found) and all(found)
 
     def _take(self, checkpoint: Path) -> bool:
         """Take the weights of a checkpoint that is like the loaded one but for them, and whether it is."""
