@@ -350,7 +350,7 @@ class Resources(Settings):
     """Keep the optimizer's moments in the host's memory and step there: half of what an update holds on one GPU."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Tokens that fit into memory at once in training and scoring, prompts counted with each of their responses.
-    Without a GPU at most 8,192 are taken, which is faster than more."""
+    Without a GPU at most 4,096 are taken, which is faster than more."""
     grader_seconds: float = Field(5.0, gt=0)
     """One answer's grading is killed after this time."""
     python: dict[str, str] = Field(default_factory=dict)

@@ -1,7 +1,7 @@
 """How texts are laid out for a model: behind one another, a prompt once for all of its responses; or in padded rows.
 
-Behind one another no padding is computed. Only attention needs rows then: there each response stands behind its prompt,
-beside others of about its length.
+Behind one another next to no padding is computed. Only attention needs rows then: there each response stands behind its
+prompt, beside others of about its length.
 
 Shapes: B responses, P different prompts, N tokens of both, R tokens of responses, L tokens of the longest row, T of the
 longest response, M places of all rows, D numbers of a token.
@@ -94,7 +94,7 @@ class Padded:
 
 
 class Packed:
-    """One row of all prompts, each once, and behind them all responses.
+    """One row of all prompts, each once, and behind them all responses; at its end less than a sixteenth is padding.
 
     Tokens must see one another by attention alone, and by that of `pipeline/attention.py`, to which a model hands this.
     """
@@ -106,12 +106,14 @@ class Packed:
         sizes = np.concatenate([asked, counts])
         starts = _starts(sizes)
         (asked_at, said_at), ends = (starts[: len(asked)], starts[len(asked) : -1]), starts[1 : len(asked) + 1][owner]
-        flat, total = _flat(chain(different, responses)), int(starts[-1])
+        flat, real = _flat(chain(different, responses)), int(starts[-1])
+        total = _rounded(real)
         behind = np.concatenate([np.zeros_like(asked), asked[owner]])
-        self.tokens = torch.from_numpy(flat)[None].to(device)
-        self.positions = torch.from_numpy(np.arange(total) + np.repeat(behind - starts[:-1], sizes))[None].to(device)
-        self.targets, self.mask = self.tokens[0, int(asked.sum()) :], torch.from_numpy(_mask(counts)).to(device)
-        before = np.arange(asked.sum(), total) - 1
+        tokens, positions = np.zeros((2, total), dtype=np.int64)
+        tokens[:real], positions[:real] = flat, np.arange(real) + np.repeat(behind - starts[:-1], sizes)
+        self.tokens, self.positions = (torch.from_numpy(of)[None].to(device) for of in (tokens, positions))
+        self.targets, self.mask = self.tokens[0, int(asked.sum()) : real], torch.from_numpy(_mask(counts)).to(device)
+        before = np.arange(asked.sum(), real) - 1
         before[(said_at - asked.sum())[counts > 0]] = ends[counts > 0] - 1
         self.before = Taken(before, total, device)
         self.last = Taken(np.where(counts > 0, said_at + counts, ends) - 1, total, device)
@@ -121,7 +123,7 @@ class Packed:
         lengths = asked[owner] + counts
         order = np.argsort(-lengths, kind="stable")
         self._blocks: list[tuple[int, int]] = []
-        places, homes, end = [], np.empty(total, dtype=np.int64), 0
+        places, homes, end = [], np.zeros(total, dtype=np.int64), 0
         for run in runs(lengths[order]):
             rows = order[run]
             longest = int(lengths[rows[0]])
@@ -129,11 +131,11 @@ class Packed:
             column = np.minimum(np.arange(longest), lengths[rows, None] - 1)
             prompt = asked[owner[rows], None]
             place = np.where(column < prompt, asked_at[owner[rows], None], said_at[rows, None] - prompt) + column
-            real = np.arange(longest) < lengths[rows, None]
-            homes[place[real]] = end + real.ravel().nonzero()[0]
+            inside = np.arange(longest) < lengths[rows, None]
+            homes[place[inside]] = end + inside.ravel().nonzero()[0]
             places.append(place.ravel())
             self._blocks.append((len(rows), longest))
-            end += real.size
+            end += inside.size
         self._rows, self._home = Taken(np.concatenate(places), total, device), Taken(homes, end, device)
 
     def apart(self, states: Float[Tensor, "N D"]) -> list[Float[Tensor, "rows longest D"]]:
@@ -168,6 +170,15 @@ def runs(lengths: Sizes, padding: float = MOST_PADDING, budget: int | None = Non
         taken = max(1, int(dense.sum()))
         yield slice(start, start + taken)
         start += taken
+
+
+def _rounded(tokens: int) -> int:
+    """At least as many, and one of sixteen numbers between a power of two and the next.
+
+    Memory of a size that was needed before is at hand, and so are kernels.
+    """
+    step = 1 << max(0, tokens.bit_length() - 5)
+    return -(-tokens // step) * step
 
 
 def _sizes(texts: Texts) -> Sizes:

@@ -86,7 +86,7 @@ class ModelSettings(StageSettings):
     """Base of the settings of stages that compute with a model."""
 
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Tokens that fit into memory at once, prompts counted with each of their responses; without a GPU at most 8,192
+    """Tokens that fit into memory at once, prompts counted with each of their responses; without a GPU at most 4,096
     are taken, which is faster than more. A prompt with responses that are compared is never divided."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model's layers; weights and what is written stay float32."""

@@ -1,7 +1,7 @@
 """Forward passes over finished responses: log-probabilities, entropies, values and scores.
 
-Logits exist for responses only, and never more than a tile of them (`chunked.py`). Where a model allows it no padding
-is computed, and a prompt of several responses is read once (`pipeline/packing.py`).
+Logits exist for responses only, and never more than a tile of them (`chunked.py`). Where a model allows it next to no
+padding is computed, and a prompt of several responses is read once (`pipeline/packing.py`).
 
 Shapes: B responses, T response tokens, L prompt plus response tokens, N response tokens of all rows, V vocabulary.
 """

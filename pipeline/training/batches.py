@@ -12,7 +12,7 @@ from pipeline.seeds import derive
 
 Rows = Int[np.ndarray, " N"]
 
-MOST_ON_PROCESSORS = 8192
+MOST_ON_PROCESSORS = 4096
 """Tokens of a run where there is no accelerator: what a layer of more leaves for the next is outside the caches."""
 
 
