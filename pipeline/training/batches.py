@@ -82,13 +82,13 @@ def micro_batches(
     room = budget
     for _, members in groupby(order.tolist(), group.__getitem__):
         together = list(members)
-        sizes = lengths[rows[together]].tolist()
-        whole = sum(sizes) <= budget
-        for place, size in zip(together, sizes, strict=True):
-            if run and (sum(sizes) if whole and place == together[0] else size) > room:
+        fits = lengths[rows[together]].sum() <= budget
+        for places in [together] if fits else [[place] for place in together]:
+            size = int(lengths[rows[places]].sum())
+            if run and size > room:
                 yield rows[run]
                 run, room = [], budget
-            run.append(place)
+            run += places
             room -= size
     if run:
         yield rows[run]
