@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -34,6 +32,7 @@ from pipeline.engines import (
 )
 from pipeline.engines.beams import BeamSearch, Next
 from pipeline.engines.reading import Reader
+from pipeline.engines.tensors import Tensors
 from pipeline.errors import EngineError
 
 
@@ -70,10 +69,13 @@ class TransformersEngine:
     def _holds(self, checkpoint: Path) -> bool:
         """Whether the model's tensors are those in the files: of some families transformers makes others of them."""
         own = self._model.state_dict()
-        found = [
-            name in own and own[name].cpu().equal(tensor.to(own[name].dtype)) for name, tensor in _read(checkpoint)
-        ]
-        return bool(found) and all(found)
+        if not _shapes(checkpoint):
+            return False
+        with Tensors(checkpoint) as tensors:
+            return all(
+                name in own and own[name].cpu().equal(tensors.whole(name).to(own[name].dtype))
+                for name in tensors.names()
+            )
 
     def _take(self, checkpoint: Path) -> bool:
         """Take the weights of a checkpoint that is like the loaded one but for them, and whether it is."""
@@ -83,9 +85,9 @@ class TransformersEngine:
         # Several threads would wait for each other where another process computes too: 70 ms instead of 2, at times.
         torch.set_num_threads(1)
         try:
-            with torch.no_grad():
-                for name, tensor in _read(checkpoint):
-                    own[name].copy_(tensor)
+            with torch.no_grad(), Tensors(checkpoint) as tensors:
+                for name in tensors.names():
+                    own[name].copy_(tensors.whole(name))
         finally:
             torch.set_num_threads(threads)
         return True
@@ -147,19 +149,15 @@ class TransformersEngine:
 
 
 def _shapes(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoints have in common that differ in their weights alone: the config, and name, shape and dtype."""
-    found: dict[str, Any] = {"config": (checkpoint / "config.json").read_bytes()}
-    for file in checkpoint.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, no mapping
-            found |= {f"tensor {name}": (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
-    return found
+    """What checkpoints have in common that differ in their weights alone: the config, and name, shape and dtype.
 
-
-def _read(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a checkpoint's files."""
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        yield from load_file(file).items()
+    Nothing where weights lie in files of another kind.
+    """
+    if not any(checkpoint.glob("*.safetensors")):
+        return {}
+    with Tensors(checkpoint) as tensors:
+        shapes = {name: (tensors.shape(name), tensors.dtype(name)) for name in tensors.names()}
+    return {"config": (checkpoint / "config.json").read_bytes(), "tensors": shapes}
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.engines import (
@@ -42,6 +41,7 @@ from pipeline.engines import (
     response_seed,
 )
 from pipeline.engines.beams import BeamSearch, Next
+from pipeline.engines.tensors import Tensors
 from pipeline.errors import EngineError
 from pipeline.metrics import console
 
@@ -251,7 +251,7 @@ class VllmEngine:
 
     def _stale(self, checkpoint: Path) -> str:
         """Name the first module whose weights are not the checkpoint's; empty when all of them are."""
-        with _quiet(), _Tensors(checkpoint) as tensors:
+        with _quiet(), Tensors(checkpoint) as tensors:
             return str(self._llm.apply_model(lambda model: _first_difference(model, tensors))[0])
 
     def _stream(self, wanted: Wanted, plan: Sampling) -> Iterator[Completion]:
@@ -391,48 +391,18 @@ def _following(output: Any) -> list[Next]:
     return sorted(found, key=lambda choice: -choice.logprob)
 
 
-class _Tensors(contextlib.ExitStack):
-    """The tensors of a checkpoint by name, each read from its file when it is asked for."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__()
-        self._files: dict[str, Any] = {}
-        paths = sorted(checkpoint.glob("*.safetensors"))
-        if not paths:
-            raise EngineError("no *.safetensors file", where=str(checkpoint))
-        for path in paths:
-            file = self.enter_context(safe_open(path, framework="pt"))
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def columns(self, name: str, count: int) -> Tensor:
-        """The first `count` input columns of a matrix, or the whole of a vector."""
-        part = self._files[name].get_slice(name)
-        found: Tensor = part[:] if len(part.get_shape()) == 1 else part[:, :count]
-        return found
-
-    def whole(self, name: str) -> Tensor:
-        found: Tensor = self._files[name].get_tensor(name)
-        return found
-
-
 def _layout(checkpoint: Path) -> dict[str, Any]:
     """What must be equal for weights to be swapped: the config and every tensor's shape."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     for name in ("transformers_version", "_name_or_path"):
         config.pop(name, None)
-    with _Tensors(checkpoint) as tensors:
+    with Tensors(checkpoint) as tensors:
         return {"config": config, "tensors": {name: tensors.shape(name) for name in tensors.names()}}
 
 
 def _weights(checkpoint: Path, layout: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by name, and a tied head under its own name too: vLLM's CPU head is a packed copy."""
-    with _Tensors(checkpoint) as tensors:
+    with Tensors(checkpoint) as tensors:
         for name in tensors.names():
             yield name, tensors.whole(name)
         if layout["config"].get("tie_word_embeddings") and "lm_head.weight" not in tensors.names():
@@ -459,7 +429,7 @@ def _cpu_cache_bytes(checkpoint: Path, options: EngineOptions) -> int:
 
 
 @torch.inference_mode()
-def _first_difference(model: Any, tensors: _Tensors) -> str:
+def _first_difference(model: Any, tensors: Tensors) -> str:
     """Compare what the modules compute with to the checkpoint, bit by bit, through the kernels that do the work.
 
     Multiplying with the first unit vectors reads a matrix's first columns exactly, in every dtype and however the
