@@ -3,6 +3,8 @@
 Behind one another next to no padding is computed. Only attention needs rows then: there each response stands behind its
 prompt, beside others of about its length.
 
+Sizes are rounded up, so that they come again: what stands behind the real tokens counts for nothing.
+
 Shapes: B responses, P different prompts, N tokens of both, R tokens of responses, L tokens of the longest row, T of the
 longest response, M places of all rows, D numbers of a token.
 """
@@ -66,7 +68,7 @@ class Layout(Protocol):
     tokens: Int[Tensor, "rows columns"]
     positions: Int[Tensor, "rows columns"]
     targets: Int[Tensor, " R"]
-    """The responses' tokens, one response after the other."""
+    """The responses' tokens, one response after the other; behind them there may be some that count for nothing."""
     mask: Bool[Tensor, "B T"]
     """True where a response has a token."""
     before: Taken
@@ -107,14 +109,16 @@ class Packed:
         starts = _starts(sizes)
         (asked_at, said_at), ends = (starts[: len(asked)], starts[len(asked) : -1]), starts[1 : len(asked) + 1][owner]
         flat, real = _flat(chain(different, responses)), int(starts[-1])
-        total = _rounded(real)
+        total = rounded(real)
         behind = np.concatenate([np.zeros_like(asked), asked[owner]])
         tokens, positions = np.zeros((2, total), dtype=np.int64)
         tokens[:real], positions[:real] = flat, np.arange(real) + np.repeat(behind - starts[:-1], sizes)
         self.tokens, self.positions = (torch.from_numpy(of)[None].to(device) for of in (tokens, positions))
-        self.targets, self.mask = self.tokens[0, int(asked.sum()) : real], torch.from_numpy(_mask(counts)).to(device)
-        before = np.arange(asked.sum(), real) - 1
+        said = flat[asked.sum() :]
+        targets, before = np.zeros((2, rounded(len(said))), dtype=np.int64)
+        targets[: len(said)], before[: len(said)] = said, np.arange(asked.sum(), real) - 1
         before[(said_at - asked.sum())[counts > 0]] = ends[counts > 0] - 1
+        self.targets, self.mask = (torch.from_numpy(of).to(device) for of in (targets, _mask(counts)))
         self.before = Taken(before, total, device)
         self.last = Taken(np.where(counts > 0, said_at + counts, ends) - 1, total, device)
         self.attended = 0
@@ -126,7 +130,7 @@ class Packed:
         places, homes, end = [], np.zeros(total, dtype=np.int64), 0
         for run in runs(lengths[order]):
             rows = order[run]
-            longest = int(lengths[rows[0]])
+            longest = rounded(int(lengths[rows[0]]), least=8)
             # Behind its end a row repeats its last token: what spoils a response is not to spoil its neighbours.
             column = np.minimum(np.arange(longest), lengths[rows, None] - 1)
             prompt = asked[owner[rows], None]
@@ -172,13 +176,14 @@ def runs(lengths: Sizes, padding: float = MOST_PADDING, budget: int | None = Non
         start += taken
 
 
-def _rounded(tokens: int) -> int:
-    """At least as many, and one of sixteen numbers between a power of two and the next.
+def rounded(count: int, least: int = 1) -> int:
+    """At least as many, and one of sixteen numbers between a power of two and the next; a multiple of `least`.
 
-    Memory of a size that was needed before is at hand, and so are kernels.
+    Memory of a size that was needed before is at hand, and so are kernels: oneDNN compiles one for each shape, and
+    keeps some 400 kB of it.
     """
-    step = 1 << max(0, tokens.bit_length() - 5)
-    return -(-tokens // step) * step
+    step = max(least, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
 
 
 def _sizes(texts: Texts) -> Sizes:

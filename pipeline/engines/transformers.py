@@ -34,6 +34,7 @@ from pipeline.engines.beams import BeamSearch, Next
 from pipeline.engines.reading import Reader
 from pipeline.engines.tensors import Tensors
 from pipeline.errors import EngineError
+from pipeline.packing import rounded
 
 
 class TransformersEngine:
@@ -212,7 +213,7 @@ class _SampledBatch:
         going = int(self.unfinished.sum())
         if going:
             if going < LEAST_GOING * len(self.rows):
-                tokens = tokens[self._keep(self.unfinished.nonzero()[:, 0])]
+                tokens = tokens[self._keep(rounded(going))]
             self.reader.read(tokens)
         return finished
 
@@ -221,8 +222,9 @@ class _SampledBatch:
         tokens, logprobs = self.tokens[row, said].tolist(), self.logprobs[row, said].tolist()
         return Completion(about.prompt, about.sample, tokens, logprobs, "stop" if stopped else "length", about.seed)
 
-    def _keep(self, rows: Tensor) -> Tensor:
-        """Go on with these rows alone, and return them."""
+    def _keep(self, count: int) -> Tensor:
+        """Go on with so many rows alone, unfinished ones before others, and return them."""
+        rows = torch.argsort(~self.unfinished, stable=True)[:count].sort().values
         self.rows = [self.rows[row] for row in rows.tolist()]
         for name in ("uniforms", "greedy", "unfinished", "tokens", "logprobs"):
             setattr(self, name, getattr(self, name)[rows])

@@ -136,6 +136,7 @@ def response_scores(
 
 
 def _scatter(numbers: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Numbers of the responses' tokens as rows; what is behind the last token is left out."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.packing import MOST_PADDING, Packed, Padded, Taken, _rounded, numbered, runs
+from pipeline.packing import MOST_PADDING, Packed, Padded, Taken, numbered, rounded, runs
 
 CPU = torch.device("cpu")
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -25,14 +25,16 @@ def test_every_response_token_is_behind_the_one_before_it(layout, pairs):
     made = layout(prompts, responses, CPU)
     flat, positions = made.tokens.flatten(), made.positions.flatten()
     whole = [prompt + response for prompt, response in pairs]
-    assert made.targets.tolist() == [token for response in responses for token in response]
+    said = [token for response in responses for token in response]
+    assert len(made.targets) == len(made.before.index) < len(said) * 17 / 16 + 1
+    assert made.targets[: len(said)].tolist() == said
     assert made.mask.sum(dim=1).tolist() == [len(response) for response in responses]
     expected = [
         (text[place - 1], place - 1)
         for text, prompt in zip(whole, prompts, strict=True)
         for place in range(len(prompt), len(text))
     ]
-    before = made.before.index
+    before = made.before.index[: len(said)]
     assert list(zip(flat[before].tolist(), positions[before].tolist(), strict=True)) == expected
     assert flat[made.last.index].tolist() == [text[-1] for text in whole]
     assert positions[made.last.index].tolist() == [len(text) - 1 for text in whole]
@@ -42,14 +44,15 @@ def test_every_response_token_is_behind_the_one_before_it(layout, pairs):
 def test_a_prompt_is_there_once_and_padding_hardly(pairs):
     prompts, responses = unzipped(pairs)
     real = sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(map(len, responses))
-    assert Packed(prompts, responses, CPU).tokens.shape == (1, _rounded(real))
+    assert Packed(prompts, responses, CPU).tokens.shape == (1, rounded(real))
 
 
 def test_sizes_are_few_and_hardly_larger():
-    sizes = [_rounded(tokens) for tokens in range(1, 5000)]
+    sizes = [rounded(tokens) for tokens in range(1, 5000)]
     assert all(0 <= size - tokens < tokens / 16 + 1 for tokens, size in enumerate(sizes, start=1))
     assert len(set(sizes)) < 150
     assert sizes[:32] == list(range(1, 33))
+    assert [rounded(tokens, least=8) for tokens in (1, 8, 9, 250, 257, 600)] == [8, 8, 16, 256, 272, 608]
 
 
 @given(pairs=PAIRS)

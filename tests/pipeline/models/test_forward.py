@@ -18,7 +18,7 @@ from pipeline.models.forward import (
     response_scores,
     response_values,
 )
-from pipeline.packing import _rounded
+from pipeline.packing import rounded
 
 PROMPTS = [[5, 6, 7], [9], [4] * 20, [8, 3]]
 RESPONSES = [[10, 11, 1], [12] * 9, [7], []]
@@ -386,7 +386,7 @@ def assert_same(model, prompts, groups):
 
 
 def tokens_of(prompts, groups):
-    return _rounded(sum(map(len, prompts)) + sum(len(response) for group in groups for response in group))
+    return rounded(sum(map(len, prompts)) + sum(len(response) for group in groups for response in group))
 
 
 @pytest.mark.parametrize("response", [(1, 12), (80, 130)], ids=["short", "long"])
