@@ -145,13 +145,13 @@ class Regression:
         training = model.training
         values = np.zeros(self.mask.shape, dtype=np.float32)
         model.eval()
-        with torch.no_grad():
-            cut = batches.micro_batches(rows, self.lengths, budget, packed=packs(model), groups=self.groups)
-            for some, read in together(list(cut), lambda some: self._read(model, some).values.cpu().numpy()):
-                values[some, : read.shape[1]] = read
+        read = torch.no_grad()(lambda some: self._read(model, some).values.cpu().numpy())
+        cut = batches.micro_batches(rows, self.lengths, budget, packed=packs(model), groups=self.groups)
+        for some, found in together(list(cut), read):
+            values[some, : found.shape[1]] = found
         model.train(training)
-        found: Float[np.ndarray, "N T"] = values[rows]
-        return found
+        of_rows: Float[np.ndarray, "N T"] = values[rows]
+        return of_rows
 
     def explained(self, values: Float[np.ndarray, "N T"], rows: Rows) -> Explained:
         """How well values predict the returns of rows."""

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import ExperimentError
+from pipeline.models.abreast import abreast, lanes
 from pipeline.models.device import device
 from pipeline.ranks import count, rank
 
@@ -178,7 +179,14 @@ def dealt(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bool]]:
 
 
 def together(pieces: Sequence[Piece], work: Callable[[Piece], Found]) -> Iterator[tuple[Piece, Found]]:
-    """Every piece with what `work` makes of it, in their order: each rank works on its share, and all get all."""
+    """Every piece with what `work` makes of it, in their order: each rank works on its share, and all get all.
+
+    A single process works on as many at once as is worth while: what torch keeps for each thread, such as
+    `torch.no_grad`, `work` sets for itself.
+    """
+    if count() == 1:
+        yield from zip(pieces, abreast(work, pieces, lanes()), strict=True)
+        return
     for number, (piece, _) in enumerate(dealt(pieces)):
         yield from zip(pieces[number * count() :], everybody(work(piece)), strict=False)
 

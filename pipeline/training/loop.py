@@ -7,8 +7,9 @@ sum of weight times token loss. So neither the cut nor padding can change the gr
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import NumericsError
 from pipeline.finite import all_finite
 from pipeline.metrics import Metrics, console
+from pipeline.models.abreast import abreast, gather_gradients, lanes, on_the_same_weights
 from pipeline.models.distributed import added, dealt, own, released, whole
 from pipeline.models.forward import packs
 from pipeline.products import wide_products
@@ -119,12 +121,20 @@ def fit(
     if watcher is not None:
         parts["watcher"] = watcher
     before = 0 if progress is None else progress.resume(parts, len(plan.steps))
+    models = [model, *(on_the_same_weights(model) for _ in range(1, lanes(model)))]
     started, seen, taken = time.monotonic(), 0, plan.first_step + before
     for step, rows in enumerate(plan.steps[before:], start=before + 1):
         torch.manual_seed(derive(plan.seed, "dropout", taken))
         share = schedule(taken)
         _set_rates(optimizer, peaks, share)
-        numbers = _backward(model, objective, rows, plan.micro_batch_tokens)
+        drawn = torch.get_rng_state()
+        numbers = _backward(models, objective, rows, plan.micro_batch_tokens)
+        if len(models) > 1 and not drawn.equal(torch.get_rng_state()):
+            # There is dropout: which of several threads draws first is chance.
+            del models[1:]
+            torch.set_rng_state(drawn)
+            optimizer.zero_grad(set_to_none=True)
+            numbers = _backward(models, objective, rows, plan.micro_batch_tokens)
         norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)))
         if not (math.isfinite(norm) and math.isfinite(numbers["loss/total"])):
             _refuse_overflow(model, taken)
@@ -164,28 +174,39 @@ def _set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], share: 
 
 
 @wide_products()
-def _backward(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
-    """Accumulate one step's gradient over micro-batches and return the step's numbers."""
-    weighed = objective.step(rows)
-    if count() > 1:  # every rank is to have work
-        budget = min(budget, -(-int(objective.lengths[rows].sum()) // count()))
+def _backward(models: Sequence[nn.Module], objective: Objective, rows: Rows, budget: int) -> dict[str, float]:
+    """Accumulate one step's gradient over micro-batches, and return the step's numbers.
+
+    Each of `models`, which have the same weights, takes a share; the gradient is the first one's.
+    """
+    weighed, wide = objective.step(rows), len(models)
+    if (shares := count() * wide) > 1:  # everyone is to have work
+        budget = min(budget // wide, -(-int(objective.lengths[rows].sum()) // shares))
     kinds = [kind for kind in objective.passes(rows) if len(kind)]
-    cut = partial(batches.micro_batches, budget=budget, packed=packs(model), groups=objective.groups)
-    micros = [micro for kind in kinds for micro in cut(kind, objective.lengths)]
+    cut = partial(batches.micro_batches, budget=max(1, budget), packed=packs(models[0]), groups=objective.groups)
+    micros = list(dealt([micro for kind in kinds for micro in cut(kind, objective.lengths)]))
+
+    def share(lane: int) -> list[Losses]:
+        return [_differentiated(models[lane], objective, *micro, weighed) for micro in micros[lane::wide]]
+
     numbers: dict[str, float] = {"loss/total": 0.0}
     largest: set[str] = set()
-    for micro, counts in dealt(micros):
-        losses = objective.losses(model, micro, weighed)
-        (losses.total if counts else 0 * losses.total).backward()  # type: ignore[no-untyped-call]  # not annotated
-        if not counts:
-            continue
-        numbers["loss/total"] += float(losses.total.detach())
+    for losses in chain.from_iterable(abreast(share, range(wide), wide)):
+        numbers["loss/total"] += float(losses.total)
         for name, value in losses.parts.items():
             numbers[name] = numbers.get(name, 0.0) + value
         for name, value in losses.largest.items():
             numbers[name] = max(numbers.get(name, value), value)
         largest |= losses.largest.keys()
+    gather_gradients(models)
     return added(numbers, frozenset(largest))
+
+
+def _differentiated(model: nn.Module, objective: Objective, rows: Rows, counts: bool, weighed: Any) -> Losses:
+    """Add a micro-batch's gradient to the model's, and return its losses; neither where it does not count."""
+    losses = objective.losses(model, rows, weighed)
+    (losses.total if counts else 0 * losses.total).backward()  # type: ignore[no-untyped-call]  # not annotated
+    return replace(losses, total=losses.total.detach()) if counts else Losses(torch.zeros(()), {})
 
 
 def _not_finite(model: nn.Module, objective: Objective, rows: Rows, budget: int) -> NumericsError:

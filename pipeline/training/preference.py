@@ -210,14 +210,14 @@ def scored(model: nn.Module, some: Sequence[Element], budget: int) -> Float[np.n
     """The same without gradients, `budget` tokens at a time."""
     found: dict[int, np.ndarray] = {}
     lengths = np.array([element.tokens for element in some], dtype=np.int64)
-    with torch.no_grad():
-        pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget, packed=packs(model)))
-        for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows])):
-            ends = np.cumsum([len(some[row].responses) for row in rows])[:-1]
-            found |= zip(rows.tolist(), np.split(scores, ends), strict=True)
+    pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget, packed=packs(model)))
+    for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows])):
+        ends = np.cumsum([len(some[row].responses) for row in rows])[:-1]
+        found |= zip(rows.tolist(), np.split(scores, ends), strict=True)
     return np.concatenate([found[row] for row in range(len(some))])
 
 
+@torch.no_grad()
 def _read(model: nn.Module, some: Sequence[Element]) -> Float[np.ndarray, " R"]:
     scores: Float[np.ndarray, " R"] = element_scores(model, some).double().cpu().numpy()
     return scores

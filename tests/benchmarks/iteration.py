@@ -50,7 +50,7 @@ GROUPS, LONGEST = 64, 64
 WHOLE_BATCH = "TRL 512"
 PEERS = {WHOLE_BATCH: 512, "TRL 8": 8}
 """Rows of TRL's micro-batches."""
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 4096
 
 EXPERIMENT = f"""
 recipe = "grpo"

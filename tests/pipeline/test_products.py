@@ -98,7 +98,7 @@ def test_training_reads_and_goes_back_by_wide_products(policy, seen):
     objective = SimpleNamespace(
         lengths=np.full(4, 4), groups=None, step=lambda rows: None, passes=lambda rows: [rows], losses=losses
     )  # fmt: skip
-    _backward(policy, objective, np.arange(4), 1000)
+    _backward([policy], objective, np.arange(4), 1000)
     assert set(seen) == set(backward) == {"bf16"}
     assert switch() == before
 

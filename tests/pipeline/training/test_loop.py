@@ -116,6 +116,43 @@ def test_a_step_forgets_the_gradient_of_the_one_before():
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.fixture
+def two_processors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def noisy():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 1)).double()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 60))
+def test_two_processors_take_the_same_steps_as_one(lengths, budget):
+    objective, before = Regression.of(lengths), torch.get_num_threads()
+    one = trained(objective, epochs=3, micro_batch_tokens=budget)
+    torch.set_num_threads(2)
+    try:
+        two, again = (trained(objective, epochs=3, micro_batch_tokens=budget) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(one[0].parameters(), two[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9)
+        assert torch.equal(b, c)
+    for name in ("loss/total", "grad/norm", "rows", "error/squared", "length/max"):
+        assert np.allclose(numbers(one[1], name), numbers(two[1], name), rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("two_processors")
+def test_dropout_is_a_function_of_the_seed_on_two_processors():
+    objective = Regression.of([5] * 40)
+    models = [trained(objective, epochs=4, micro_batch_tokens=10, model=noisy())[0] for _ in range(4)]
+    for weights, *others in zip(*(model.parameters() for model in models), strict=True):
+        assert all(torch.equal(weights, other) for other in others)
+
+
 def test_every_epoch_deals_all_rows_over_its_steps():
     objective = Regression.of([1] * 7)
     _, metrics, steps = trained(objective, epochs=3, minibatches=2)
