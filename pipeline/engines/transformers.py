@@ -7,7 +7,6 @@ Beams are searched as `beams.py` says.
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
-from pipeline.attention import attend_by_products
+from pipeline.building import built
 from pipeline.engines import (
     GREEDY,
     Completion,
@@ -32,7 +30,6 @@ from pipeline.engines import (
 )
 from pipeline.engines.beams import BeamSearch, Next
 from pipeline.engines.reading import Reader
-from pipeline.engines.tensors import Tensors
 from pipeline.errors import EngineError
 from pipeline.packing import rounded
 
@@ -45,53 +42,16 @@ class TransformersEngine:
         self.closed = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = None
-        self._like: dict[str, Any] | None = None
 
     def load(self, checkpoint: Path) -> None:
         """Read the weights; refuse a checkpoint that leaves any of the model's tensors unset."""
         ensure_open(self)
-        with fatal(self, "loading the checkpoint", checkpoint), _no_progress_bar():
-            if self._take(checkpoint):
-                return
+        with fatal(self, "loading the checkpoint", checkpoint):
             self._model = None
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint,
-                dtype=_dtype(self.options.dtype),
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-            if loading["missing_keys"]:
-                raise EngineError(f"no tensor for {sorted(loading['missing_keys'])}", where=str(checkpoint))
-            self._model = model.to(self.device).eval()
-            attend_by_products(self._model)
-            self._like = _shapes(checkpoint) if self._holds(checkpoint) else None
-
-    def _holds(self, checkpoint: Path) -> bool:
-        """Whether the model's tensors are those in the files: of some families transformers makes others of them."""
-        own = self._model.state_dict()
-        if not _shapes(checkpoint):
-            return False
-        with Tensors(checkpoint) as tensors:
-            return all(
-                name in own and own[name].cpu().equal(tensors.whole(name).to(own[name].dtype))
-                for name in tensors.names()
-            )
-
-    def _take(self, checkpoint: Path) -> bool:
-        """Take the weights of a checkpoint that is like the loaded one but for them, and whether it is."""
-        if self._model is None or self._like is None or _shapes(checkpoint) != self._like:
-            return False
-        own, threads = self._model.state_dict(), torch.get_num_threads()
-        # Several threads would wait for each other where another process computes too: 70 ms instead of 2, at times.
-        torch.set_num_threads(1)
-        try:
-            with torch.no_grad(), Tensors(checkpoint) as tensors:
-                for name in tensors.names():
-                    own[name].copy_(tensors.whole(name))
-        finally:
-            torch.set_num_threads(threads)
-        return True
+            model, missing = built(AutoModelForCausalLM, checkpoint, _dtype(self.options.dtype))
+            if missing:
+                raise EngineError(f"no tensor for {sorted(missing)}", where=str(checkpoint))
+            self._model = model.to(self.device)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
@@ -147,18 +107,6 @@ class TransformersEngine:
                     if time.monotonic() > deadline:
                         raise EngineError(f"sampling took longer than {self.options.timeout} s", do="raise timeout")
                 yield from (completion for completion in finished if completion.prompt not in done)
-
-
-def _shapes(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoints have in common that differ in their weights alone: the config, and name, shape and dtype.
-
-    Nothing where weights lie in files of another kind.
-    """
-    if not any(checkpoint.glob("*.safetensors")):
-        return {}
-    with Tensors(checkpoint) as tensors:
-        shapes = {name: (tensors.shape(name), tensors.dtype(name)) for name in tensors.names()}
-    return {"config": (checkpoint / "config.json").read_bytes(), "tensors": shapes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,14 +262,3 @@ def _uniforms(row: _Row, count: int) -> Float[Tensor, " T"]:
 
 def _dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

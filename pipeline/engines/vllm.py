@@ -41,9 +41,9 @@ from pipeline.engines import (
     response_seed,
 )
 from pipeline.engines.beams import BeamSearch, Next
-from pipeline.engines.tensors import Tensors
 from pipeline.errors import EngineError
 from pipeline.metrics import console
+from pipeline.tensors import Tensors
 
 ON_GPU = torch.cuda.is_available()
 

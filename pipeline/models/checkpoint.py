@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from pipeline.artifacts import FileIdentity, identity
-from pipeline.attention import attend_by_products
+from pipeline.building import built, no_progress_bar
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.finite import all_finite
 from pipeline.models import adapters
@@ -239,7 +239,7 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
             return
         if weights is not None:
             weights = adapters.merged(model, weights)
-        with _no_progress_bar():
+        with no_progress_bar():
             model.save_pretrained(path, state_dict=weights)
             tokenizer.save_pretrained(path)
     finally:
@@ -360,17 +360,12 @@ def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
     return model
 
 
-def _open(path: Path, sort: _Sort, dtype: Any, **more: Any) -> tuple[Any, set[str]]:
+def _open(path: Path, sort: _Sort, dtype: Any, config: Any = None) -> tuple[Any, set[str]]:
     """The model, and the names of its tensors that the files do not have."""
     try:
-        with _no_progress_bar():
-            model, loading = sort.loader.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False, **more
-            )
+        return built(sort.loader, path, dtype, config)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"cannot load the {sort.name}: {error}", where=str(path)) from error
-    attend_by_products(model)
-    return model, set(loading["missing_keys"])
 
 
 def _check_tokenizer(path: Path) -> None:
@@ -468,17 +463,6 @@ def _check_layers(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], pa
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def looks(measured, name="accuracy/held_out"):
 @pytest.fixture(scope="module")
 def unsure(by_hand):
     """Rankings by the last digit, of which a third is the wrong way round."""
-    drawn, rows = random.Random(5), []
+    drawn, rows = random.Random(2), []
     for number in range(60):
         texts = ["".join(drawn.choices("0123456789", k=3)) for _ in range(2)]
         ranks = [int(texts[0][-1]) % 2, int(texts[1][-1]) % 2]

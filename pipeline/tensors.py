@@ -1,4 +1,4 @@
-"""What is in a checkpoint's tensor files, for engines that swap weights."""
+"""What is in a checkpoint's tensor files."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.errors import EngineError
+from pipeline.errors import ArtifactError
 
 
 class Tensors(ExitStack):
@@ -18,7 +18,7 @@ class Tensors(ExitStack):
         self._files: dict[str, Any] = {}
         paths = sorted(checkpoint.glob("*.safetensors"))
         if not paths:
-            raise EngineError("no *.safetensors file", where=str(checkpoint))
+            raise ArtifactError("no *.safetensors file", where=str(checkpoint))
         for path in paths:
             file = self.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))

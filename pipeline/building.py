@@ -1,0 +1,113 @@
+"""Hugging Face models from checkpoints. Where one like it was built before, only the tensors are read.
+
+transformers takes 15 to 20 ms to build a model that trains for a second; iterations have the same one again and again.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from pipeline.attention import attend_by_products
+from pipeline.errors import ArtifactError
+from pipeline.tensors import Tensors
+
+DESCRIPTIONS = ("config.json", "generation_config.json")
+
+
+def built(loader: Any, checkpoint: Path, dtype: Any, config: Any = None) -> tuple[Any, set[str]]:
+    """A model in evaluation mode on the CPU, and the names of its tensors that the files do not have.
+
+    `loader` is one of transformers' Auto classes, `dtype` torch's or `auto`; with `config` the model is of that one and
+    not of the checkpoint's. It attends as `pipeline/attention.py` does.
+    Raises what transformers raises: `OSError`, `ValueError`, `RuntimeError` or `SafetensorError`.
+    """
+    alike = _alike(checkpoint) if config is None else None
+    if alike is not None and (loader, dtype, alike) in _templates:
+        return _filled(_templates[loader, dtype, alike], checkpoint), set()
+    given = {} if config is None else {"config": config}
+    with no_progress_bar():
+        model, loading = loader.from_pretrained(
+            checkpoint, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False, **given
+        )
+    attend_by_products(model)
+    missing = set(loading["missing_keys"])
+    if alike is not None and not missing and _holds(model, checkpoint):
+        _templates[loader, dtype, alike] = _emptied(model)
+    return model, missing
+
+
+_templates: dict[tuple[Any, ...], Any] = {}
+"""Models without weights, by what their checkpoints have in common."""
+
+
+def _alike(checkpoint: Path) -> tuple[Any, ...] | None:
+    """What checkpoints have in common that differ in their weights alone; None where weights lie in other files."""
+    try:
+        with Tensors(checkpoint) as tensors:
+            shapes = tuple((name, tensors.shape(name), tensors.dtype(name)) for name in tensors.names())
+    except (ArtifactError, SafetensorError):
+        return None
+    files = (checkpoint / name for name in DESCRIPTIONS)
+    return (shapes, *(file.read_bytes() if file.exists() else None for file in files))
+
+
+def _holds(model: Any, checkpoint: Path) -> bool:
+    """Whether the model's tensors are those in the files: of some families transformers makes others of them."""
+    own = model.state_dict(keep_vars=True)
+    with Tensors(checkpoint) as tensors:
+        named = {id(own[name]) for name in tensors.names() if name in own}
+        return named == {id(of) for of in own.values()} and all(
+            name in own and own[name].equal(tensors.whole(name).to(own[name].dtype)) for name in tensors.names()
+        )
+
+
+def _emptied(model: Any) -> Any:
+    """A copy with tensors that have shapes and no numbers; but for those that no file has."""
+    own = model.state_dict(keep_vars=True).values()
+    return copy.deepcopy(model, {id(of): _as_is(of, of.detach().to("meta")) for of in own})
+
+
+def _filled(template: Any, checkpoint: Path) -> Any:
+    """A copy with the tensors of a checkpoint."""
+    own, found = template.state_dict(keep_vars=True), {}
+    with Tensors(checkpoint) as tensors, _one_thread():
+        for name in tensors.names():
+            of = own[name]
+            found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))
+    model = copy.deepcopy(template, found)
+    model.config._name_or_path = str(checkpoint)  # as from_pretrained has it
+    return model
+
+
+def _as_is(of: Tensor, numbers: Tensor) -> Tensor:
+    return nn.Parameter(numbers, of.requires_grad) if isinstance(of, nn.Parameter) else numbers
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several would wait for each other where another process computes too: 70 ms for 2, at times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Have transformers show none."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
