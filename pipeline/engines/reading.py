@@ -86,9 +86,10 @@ class Roomy(DynamicLayer):  # type: ignore[misc]  # transformers has no stubs
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, " N"]) -> None:
-        """Go on with these rows, in a place that has no room yet."""
-        super().batch_select_indices(indices)
-        self._place = (self.keys, self.values)
+        """Go on with these rows, and the room behind them."""
+        length = self.keys.shape[-2]
+        self._place = tuple(place.index_select(0, indices) for place in self._place)
+        self.keys, self.values = (place[:, :, :length] for place in self._place)
 
 
 def _roomy(states: Float[Tensor, "R heads tokens width"], length: int) -> Float[Tensor, "R heads room width"]:
