@@ -24,6 +24,7 @@ from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment, Resources
 from pipeline.grading import open_grader
 from pipeline.metrics import console
+from pipeline.models.device import let_go
 from pipeline.stage import Stage
 from stages.advantage import advantage
 from stages.ask import ask
@@ -176,6 +177,7 @@ def run_experiment(
             with _nothing_old_collected():
                 outcome = walk(run, at_most)
         finally:  # what a run that stopped has measured is to be seen as well
+            let_go()
             write_metrics(run.folder)
             hacking.draw([run.folder])
             _track(run)

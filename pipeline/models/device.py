@@ -29,6 +29,13 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def let_go() -> None:
+    """Give the system what freed tensors have left in this process, when no more of them are to come for a while."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Have glibc keep what tensors free for the next ones.
 
