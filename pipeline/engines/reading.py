@@ -88,8 +88,9 @@ class Roomy(DynamicLayer):  # type: ignore[misc]  # transformers has no stubs
     def batch_select_indices(self, indices: Int[Tensor, " N"]) -> None:
         """Go on with these rows, and the room behind them."""
         length = self.keys.shape[-2]
-        self._place = tuple(place.index_select(0, indices) for place in self._place)
-        self.keys, self.values = (place[:, :, :length] for place in self._place)
+        keys, values = (place.index_select(0, indices) for place in self._place)
+        self._place = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
 
 def _roomy(states: Float[Tensor, "R heads tokens width"], length: int) -> Float[Tensor, "R heads room width"]:
