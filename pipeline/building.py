@@ -5,7 +5,7 @@ transformers takes 15 to 20 ms to build a model that trains for a second; iterat
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from pipeline.errors import ArtifactError
 from pipeline.tensors import Tensors
 
 DESCRIPTIONS = ("config.json", "generation_config.json")
+
+FEW = 2**24
+"""Numbers below which one thread copies them all."""
 
 
 def built(loader: Any, checkpoint: Path, dtype: Any, config: Any = None) -> tuple[Any, set[str]]:
@@ -77,7 +80,8 @@ def _emptied(model: Any) -> Any:
 def _filled(template: Any, checkpoint: Path) -> Any:
     """A copy with the tensors of a checkpoint."""
     own, found = template.state_dict(keep_vars=True), {}
-    with Tensors(checkpoint) as tensors, _one_thread():
+    small = sum(of.numel() for of in own.values()) < FEW
+    with Tensors(checkpoint) as tensors, _one_thread() if small else nullcontext():
         for name in tensors.names():
             of = own[name]
             found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))
