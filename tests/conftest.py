@@ -64,3 +64,12 @@ def opened(browser):
         context.close()
     assert [url for url in requests if not url.startswith(("file:", "blob:", "data:"))] == []
     assert faults == []
+
+
+@pytest.fixture
+def two_processors():
+    """torch computes on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

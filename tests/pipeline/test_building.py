@@ -35,10 +35,7 @@ def pairs(tmp_path_factory):
     for kind in LOADERS:
         found[kind] = [room / f"{kind}-{seed}" for seed in range(2)]
         for seed, place in enumerate(found[kind]):
-            spec = ModelSpec(
-                layers=2, width=32, heads=2, kv_heads=1, max_position=64, tied=kind == "tied", init_std=0.2
-            )
-            model, tokenizer = create(spec, [TEXT], seed)
+            model, tokenizer = create(ModelSpec(**SIZES, tied=kind == "tied"), [TEXT], seed)
             if kind in ("reward_model", "critic"):
                 save(model, tokenizer, room / "policy")
                 model = (fresh_critic if kind == "critic" else fresh_reward_model)(room / "policy", seed)

@@ -9,13 +9,7 @@ from torch import nn
 from pipeline.models import abreast as module
 from pipeline.models.abreast import MOST_WEIGHTS, abreast, gather_gradients, lanes, on_the_same_weights
 
-
-@pytest.fixture(autouse=True)
-def two_processors():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_processors")
 
 
 def test_all_is_done_in_order_on_threads_of_one_processor_each():

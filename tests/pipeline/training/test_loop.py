@@ -116,14 +116,6 @@ def test_a_step_forgets_the_gradient_of_the_one_before():
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.fixture
-def two_processors():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def noisy():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 1)).double()
