@@ -105,6 +105,15 @@ def test_it_reads_and_is_written_like_any_other(pairs, tmp_path):
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "1").iterdir()}
 
 
+def test_tensors_begin_where_torchs_own_do_though_those_of_the_file_do_not(pairs):
+    def places(model):
+        return {of.data_ptr() % 64 for of in model.state_dict().values()}
+
+    assert places(theirs(AutoModelForCausalLM, pairs["untied"][0])) != {0}
+    for _ in ("read by transformers", "filled"):
+        assert places(built(AutoModelForCausalLM, pairs["untied"][0], torch.float32)[0]) == {0}
+
+
 def test_models_have_weights_of_their_own(pairs):
     kept, other = (built(AutoModelForCausalLM, pairs["untied"][0], torch.float32)[0] for _ in range(2))
     with torch.no_grad():
