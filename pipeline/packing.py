@@ -1,12 +1,13 @@
-"""How texts are laid out for a model: behind one another, a prompt once for all of its responses; or in padded rows.
+"""How texts are laid out for a model: as a tree, what some of them begin with once for all of them; or in padded rows.
 
-Behind one another next to no padding is computed. Only attention needs rows then: there each response stands behind its
-prompt, beside others of about its length.
+A token depends on what is before it alone. So it is read once for all texts that are the same up to it: a prompt for
+all of its responses, and the beginning of responses that part later. Next to no padding is computed. Only attention
+needs rows then: there each text is whole, beside others of about its length.
 
 Sizes are rounded up, so that they come again: what stands behind the real tokens counts for nothing.
 
-Shapes: B responses, P different prompts, N tokens of both, R tokens of responses, L tokens of the longest row, T of the
-longest response, M places of all rows, D numbers of a token.
+Shapes: B responses, each behind its prompt a text; N nodes of the tree, a token each; U of them in responses; L tokens
+of the longest text, T of the longest response, M places of all rows, D numbers of a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,14 +68,18 @@ class Layout(Protocol):
 
     tokens: Int[Tensor, "rows columns"]
     positions: Int[Tensor, "rows columns"]
-    targets: Int[Tensor, " R"]
-    """The responses' tokens, one response after the other; behind them there may be some that count for nothing."""
+    targets: Int[Tensor, " U"]
+    """Tokens of responses, those that texts have in common once; behind them there may be some that do not count."""
     mask: Bool[Tensor, "B T"]
     """True where a response has a token."""
     before: Taken
-    """R of all tokens: that before each of the responses'."""
+    """U of all tokens: that before each of the targets."""
     last: Taken
     """B of all tokens: the last of each response, or of its prompt where it has none."""
+
+    def in_rows(self, numbers: Float[Tensor, " U"]) -> Float[Tensor, "B T"]:
+        """What was found for the targets as a row per response; 0 where it has no token."""
+        ...
 
 
 class Padded:
@@ -94,53 +99,57 @@ class Padded:
         ends = np.arange(len(counts)) * real.shape[1] + starts + counts
         self.before, self.last = (Taken(of - 1, real.size, device) for of in (places, ends))
 
+    def in_rows(self, numbers: Float[Tensor, " U"]) -> Float[Tensor, "B T"]:
+        """The numbers of each response."""
+        return _scattered(numbers, self.mask)
+
 
 class Packed:
-    """One row of all prompts, each once, and behind them all responses; at its end less than a sixteenth is padding.
+    """One row of all nodes of the tree of some texts; at its end less than a sixteenth is padding.
 
     Tokens must see one another by attention alone, and by that of `pipeline/attention.py`, to which a model hands this.
     """
 
     def __init__(self, prompts: Texts, responses: Texts, device: torch.device) -> None:
-        owner = numbered(prompts)
-        different = [prompts[row] for row in np.unique(owner, return_index=True)[1]]
-        asked, counts = _sizes(different), _sizes(responses)
-        sizes = np.concatenate([asked, counts])
-        starts = _starts(sizes)
-        (asked_at, said_at), ends = (starts[: len(asked)], starts[len(asked) : -1]), starts[1 : len(asked) + 1][owner]
-        flat, real = _flat(chain(different, responses)), int(starts[-1])
-        total = rounded(real)
-        behind = np.concatenate([np.zeros_like(asked), asked[owner]])
-        tokens, positions = np.zeros((2, total), dtype=np.int64)
-        tokens[:real], positions[:real] = flat, np.arange(real) + np.repeat(behind - starts[:-1], sizes)
-        self.tokens, self.positions = (torch.from_numpy(of)[None].to(device) for of in (tokens, positions))
-        said = flat[asked.sum() :]
-        targets, before = np.zeros((2, rounded(len(said))), dtype=np.int64)
-        targets[: len(said)], before[: len(said)] = said, np.arange(asked.sum(), real) - 1
-        before[(said_at - asked.sum())[counts > 0]] = ends[counts > 0] - 1
-        self.targets, self.mask = (torch.from_numpy(of).to(device) for of in (targets, _mask(counts)))
-        self.before = Taken(before, total, device)
-        self.last = Taken(np.where(counts > 0, said_at + counts, ends) - 1, total, device)
+        asked, counts = _sizes(prompts), _sizes(responses)
+        lengths = asked + counts
+        tree = Tree([[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)])
+        total = rounded(len(tree.tokens))
+        self.tokens, self.positions = (
+            torch.from_numpy(_filled_up(of, total))[None].to(device) for of in (tree.tokens, tree.positions)
+        )
+        said, in_rows = np.unique(tree.nodes[_mask(lengths) & ~_mask(asked, tree.nodes.shape[1])], return_inverse=True)
+        count, last = rounded(len(said)), tree.nodes[np.arange(len(lengths)), lengths - 1]
+        self.targets, self.mask = (
+            torch.from_numpy(of).to(device) for of in (_filled_up(tree.tokens[said], count), _mask(counts))
+        )
+        self.before = Taken(_filled_up(tree.parents[said], count), total, device)
+        self.last = Taken(last, total, device)
+        self._said = Taken(in_rows, count, device)
         self.attended = 0
         """Layers that have asked for their attention so far."""
 
-        lengths = asked[owner] + counts
-        order = np.argsort(-lengths, kind="stable")
+        # Texts that others begin with, or are, have no row of their own.
+        rows = np.unique(last, return_index=True)[1]
+        rows = rows[~np.isin(last[rows], tree.parents)]
+        rows = rows[np.argsort(-lengths[rows], kind="stable")]
         self._blocks: list[tuple[int, int]] = []
         places, homes, end = [], np.zeros(total, dtype=np.int64), 0
-        for run in runs(lengths[order]):
-            rows = order[run]
-            longest = rounded(int(lengths[rows[0]]), least=8)
+        for run in runs(lengths[rows]):
+            block = rows[run]
+            longest = rounded(int(lengths[block[0]]), least=8)
             # Behind its end a row repeats its last token: what spoils a response is not to spoil its neighbours.
-            column = np.minimum(np.arange(longest), lengths[rows, None] - 1)
-            prompt = asked[owner[rows], None]
-            place = np.where(column < prompt, asked_at[owner[rows], None], said_at[rows, None] - prompt) + column
-            inside = np.arange(longest) < lengths[rows, None]
+            place = tree.nodes[block[:, None], np.minimum(np.arange(longest), lengths[block, None] - 1)]
+            inside = np.arange(longest) < lengths[block, None]
             homes[place[inside]] = end + inside.ravel().nonzero()[0]
             places.append(place.ravel())
-            self._blocks.append((len(rows), longest))
+            self._blocks.append((len(block), longest))
             end += inside.size
         self._rows, self._home = Taken(np.concatenate(places), total, device), Taken(homes, end, device)
+
+    def in_rows(self, numbers: Float[Tensor, " U"]) -> Float[Tensor, "B T"]:
+        """The numbers of each response; several may have those of one node."""
+        return _scattered(self._said(numbers[:, None])[:, 0], self.mask)
 
     def apart(self, states: Float[Tensor, "N D"]) -> list[Float[Tensor, "rows longest D"]]:
         """Rows: each response behind its prompt, beside those of about its length; padded on the right."""
@@ -148,8 +157,35 @@ class Packed:
         return [part.view(*block, -1) for part, block in zip(parts, self._blocks, strict=True)]
 
     def together(self, rows: Sequence[Float[Tensor, "rows longest D"]]) -> Float[Tensor, "N D"]:
-        """The inverse: what was found for each token, of a prompt what was found before one of its responses."""
+        """The inverse: what was found for each node in one of the rows that have it."""
         return self._home(torch.cat([states.flatten(0, 1) for states in rows]))
+
+
+class Tree:
+    """All beginnings of some texts, each once: a node is the last token of one, and its parent that before it."""
+
+    tokens: Int[np.ndarray, " N"]
+    positions: Int[np.ndarray, " N"]
+    parents: Int[np.ndarray, " N"]
+    """-1 where a text begins."""
+    nodes: Int[np.ndarray, "B L"]
+    """Of each text's tokens; any number behind its end."""
+
+    def __init__(self, texts: Sequence[list[int]]) -> None:
+        # In their order a text has most in common with the one before it.
+        order = sorted(range(len(texts)), key=texts.__getitem__)
+        there = _mask(_sizes([texts[row] for row in order]))
+        tokens = np.full(there.shape, -1, dtype=np.int64)
+        tokens[there] = _flat(texts[row] for row in order)
+        new = there.copy()
+        new[1:] &= ~np.logical_and.accumulate(tokens[1:] == tokens[:-1], axis=1)
+        numbers = np.cumsum(new).reshape(new.shape) - 1
+        met = np.maximum.accumulate(np.where(new, np.arange(len(order))[:, None], 0), axis=0)
+        self.nodes = np.empty_like(numbers)
+        self.nodes[order] = sorted_nodes = np.take_along_axis(numbers, met, axis=0)
+        self.tokens, self.positions = tokens[new], new.nonzero()[1]
+        before = np.concatenate([np.full((len(order), 1), -1), sorted_nodes[:, :-1]], axis=1)
+        self.parents = before[new]
 
 
 def numbered(texts: Texts) -> Int[np.ndarray, " B"]:
@@ -199,6 +235,16 @@ def _flat(texts: Iterator[Sequence[int]]) -> Int[np.ndarray, " N"]:
     return np.fromiter(chain.from_iterable(texts), dtype=np.int64)
 
 
-def _mask(lengths: Sizes) -> Bool[np.ndarray, "B L"]:
-    """True where a row of that length has a token."""
-    return np.arange(int(lengths.max())) < lengths[:, None]
+def _mask(lengths: Sizes, width: int | None = None) -> Bool[np.ndarray, "B L"]:
+    """True where a row of that length has a token; as wide as the longest, unless told otherwise."""
+    return np.arange(int(lengths.max()) if width is None else width) < lengths[:, None]
+
+
+def _filled_up(numbers: Int[np.ndarray, " N"], count: int) -> Int[np.ndarray, " count"]:
+    """So many numbers, with zeros behind those that are there."""
+    return np.pad(numbers, (0, count - len(numbers)))
+
+
+def _scattered(numbers: Float[Tensor, " R"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Numbers of the responses' tokens as rows; what is behind the last token is left out."""
+    return numbers.new_zeros(mask.shape).masked_scatter(mask, numbers)

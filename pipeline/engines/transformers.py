@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from jaxtyping import Float, Int
@@ -31,7 +32,6 @@ from pipeline.engines import (
 from pipeline.engines.beams import BeamSearch, Next
 from pipeline.engines.reading import Reader
 from pipeline.errors import EngineError
-from pipeline.packing import rounded
 
 
 class TransformersEngine:
@@ -116,11 +116,6 @@ class _Row:
     seed: int
 
 
-LEAST_GOING = 0.75
-"""Share of a batch's rows that go on: with fewer, the others are taken out. That copies all that was read, and costs as
-much as some rounds in which rows that have ended are read on."""
-
-
 class _SampledBatch:
     """Rows that are sampled together: every sample of some prompts."""
 
@@ -134,50 +129,45 @@ class _SampledBatch:
         self.uniforms = torch.stack([_uniforms(row, plan.max_tokens) for row in self.rows]).to(device)
         self.greedy = torch.tensor([row.sample == GREEDY for row in self.rows], device=device)
         self.stop = torch.tensor(plan.stop_ids, dtype=torch.long, device=device)
-        self.unfinished = torch.ones_like(self.greedy)
+        self.unfinished = np.arange(len(self.rows))
+        self.text = np.arange(len(prompts)).repeat(len(plan.samples))
+        """Which of the reader's texts each unfinished row is so far: rows that said the same share one."""
         self.tokens = torch.zeros(self.uniforms.shape, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(self.uniforms.shape, device=device)
         self.taken = 0
-        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], device)
-        # One prompt is read once; its group shares what was read.
-        self.reader.select(torch.arange(len(prompts), device=device).repeat_interleave(len(plan.samples)))
+        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], len(self.rows), device)
 
     @property
     def going(self) -> bool:
         """Whether any response is unfinished."""
-        return bool(self.unfinished.any())
+        return len(self.unfinished) > 0
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Sample one token per row and return the responses that end with it."""
-        uniforms = self.uniforms[:, self.taken]
-        tokens, logprobs = sample_tokens(self.reader.logits, uniforms, self.greedy, self.plan)
-        self.tokens[:, self.taken], self.logprobs[:, self.taken] = tokens, logprobs
+        rows = torch.from_numpy(self.unfinished).to(self.tokens.device)
+        tokens, logprobs = sample_tokens(
+            self.reader.logits[self.text], self.uniforms[rows, self.taken], self.greedy[rows], self.plan
+        )
+        self.tokens[rows, self.taken], self.logprobs[rows, self.taken] = tokens, logprobs
         self.taken += 1
-        stopped = torch.isin(tokens, self.stop)
-        ended = self.unfinished & (stopped | (self.taken == self.plan.max_tokens))
-        finished = [self._completion(row, bool(stopped[row])) for row in ended.nonzero()[:, 0].tolist()]
-        self.unfinished &= ~ended
-        going = int(self.unfinished.sum())
-        if going:
-            if going < LEAST_GOING * len(self.rows):
-                tokens = tokens[self._keep(rounded(going))]
-            self.reader.read(tokens)
+        stopped = torch.isin(tokens, self.stop).cpu().numpy()
+        ended = stopped | (self.taken == self.plan.max_tokens)
+        finished = [
+            self._completion(row, bool(stop)) for row, stop in zip(self.unfinished[ended], stopped[ended], strict=True)
+        ]
+        self.unfinished = self.unfinished[~ended]
+        if self.going:
+            said = tokens.cpu().numpy()[~ended]
+            vocab_size = self.reader.logits.shape[-1]
+            ways, self.text = np.unique(self.text[~ended] * vocab_size + said, return_inverse=True)
+            self.reader.read(ways // vocab_size, torch.from_numpy(ways % vocab_size).to(self.tokens.device))
         return finished
 
     def _completion(self, row: int, stopped: bool) -> Completion:
         about, said = self.rows[row], slice(0, self.taken)
         tokens, logprobs = self.tokens[row, said].tolist(), self.logprobs[row, said].tolist()
         return Completion(about.prompt, about.sample, tokens, logprobs, "stop" if stopped else "length", about.seed)
-
-    def _keep(self, count: int) -> Tensor:
-        """Go on with so many rows alone, unfinished ones before others, and return them."""
-        rows = torch.argsort(~self.unfinished, stable=True)[:count].sort().values
-        self.rows = [self.rows[row] for row in rows.tolist()]
-        for name in ("uniforms", "greedy", "unfinished", "tokens", "logprobs"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.reader.select(rows)
-        return rows
 
 
 class _SearchedBatch:
@@ -190,7 +180,7 @@ class _SearchedBatch:
         self.seeds = {index: seed for index, _, seed in prompts}
         self.choices = min(BeamSearch.choices(plan), model.config.vocab_size)
         self.device = device
-        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], device)
+        self.reader = Reader(model, [prompt for _, prompt, _ in prompts], len(prompts) * (plan.beams or 1), device)
 
     @property
     def going(self) -> bool:
@@ -215,8 +205,7 @@ class _SearchedBatch:
         self.searches = [search for search in self.searches if search.growing]
         if self.searches:
             last = [beam.tokens[-1] for search in self.searches for beam in search.growing]
-            self.reader.select(torch.tensor(parents, device=self.device))
-            self.reader.read(torch.tensor(last, device=self.device))
+            self.reader.read(np.array(parents), torch.tensor(last, device=self.device))
         return [completion for search in over for completion in search.completions(self.seeds[search.prompt])]
 
 

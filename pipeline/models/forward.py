@@ -1,7 +1,7 @@
 """Forward passes over finished responses: log-probabilities, entropies, values and scores.
 
 Logits exist for responses only, and never more than a tile of them (`chunked.py`). Where a model allows it next to no
-padding is computed, and a prompt of several responses is read once (`pipeline/packing.py`).
+padding is computed, and what texts begin with in common is read once (`pipeline/packing.py`).
 
 Shapes: B responses, T response tokens, L prompt plus response tokens, N response tokens of all rows, V vocabulary.
 """
@@ -91,10 +91,9 @@ def response_logprobs(
     found, entropies = token_logprobs(
         layout.before(states), head.weight, head.bias, layout.targets, temperature=temperature, entropy=entropy
     )  # fmt: skip
-    mask = layout.mask
-    logprobs = _scatter(found, mask)
+    mask, logprobs = layout.mask, layout.in_rows(found)
     _check(mask & ~(torch.isfinite(logprobs) & (logprobs <= 0)), logprobs, "a log-probability", "the policy")
-    return ResponseLogprobs(logprobs, mask, None if entropies is None else _scatter(entropies, mask))
+    return ResponseLogprobs(logprobs, mask, None if entropies is None else layout.in_rows(entropies))
 
 
 @wide_products()
@@ -111,8 +110,7 @@ def response_values(
     """
     _refuse_empty_prompts(prompt_tokens)
     states, layout = _read(model, prompt_tokens, response_tokens)
-    mask = layout.mask
-    values = _scatter(model.score(layout.before(states)).float()[:, 0], mask)
+    mask, values = layout.mask, layout.in_rows(model.score(layout.before(states)).float()[:, 0])
     _check(mask & ~torch.isfinite(values), values, "a value", "the critic")
     return ResponseValues(values, mask)
 
@@ -133,11 +131,6 @@ def response_scores(
     scores: Tensor = model.score(layout.last(states)).float()[:, 0] + reward_bias(model)
     _check(~torch.isfinite(scores)[:, None], scores[:, None], "a score", "the reward model")
     return scores
-
-
-def _scatter(numbers: Float[Tensor, " N"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Numbers of the responses' tokens as rows; what is behind the last token is left out."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers)
 
 
 def _check(wrong: Bool[Tensor, "B T"], numbers: Float[Tensor, "B T"], what: str, model: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.packing import MOST_PADDING, Packed, Padded, Taken, numbered, rounded, runs
+from pipeline.packing import MOST_PADDING, Packed, Padded, Taken, Tree, numbered, rounded, runs
 
 CPU = torch.device("cpu")
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -18,33 +18,52 @@ def unzipped(pairs):
     return list(prompts), list(responses)
 
 
+def beginnings(pairs):
+    """Of all texts, each once."""
+    texts = [tuple(prompt + response) for prompt, response in pairs]
+    return {text[:end] for text in texts for end in range(1, len(text) + 1)}
+
+
+@given(pairs=PAIRS)
+def test_a_tree_has_every_beginning_once_behind_the_one_before_it(pairs):
+    texts = [prompt + response for prompt, response in pairs]
+    tree, found = Tree(texts), {}
+    for text, nodes in zip(texts, tree.nodes, strict=True):
+        for place, (token, node) in enumerate(zip(text, nodes, strict=False)):
+            assert found.setdefault(tuple(text[: place + 1]), node) == node
+            assert (tree.tokens[node], tree.positions[node]) == (token, place)
+            assert tree.parents[node] == (nodes[place - 1] if place else -1)
+    assert found.keys() == beginnings(pairs)
+    assert sorted(found.values()) == list(range(len(tree.tokens)))
+
+
 @pytest.mark.parametrize("layout", [Packed, Padded])
 @given(pairs=PAIRS)
 def test_every_response_token_is_behind_the_one_before_it(layout, pairs):
     prompts, responses = unzipped(pairs)
     made = layout(prompts, responses, CPU)
-    flat, positions = made.tokens.flatten(), made.positions.flatten()
-    whole = [prompt + response for prompt, response in pairs]
-    said = [token for response in responses for token in response]
-    assert len(made.targets) == len(made.before.index) < len(said) * 17 / 16 + 1
-    assert made.targets[: len(said)].tolist() == said
+    before, last = (
+        torch.stack([of.flatten()[taken.index].float() for of in (made.tokens, made.positions)])
+        for taken in (made.before, made.last)
+    )
+    rows = [made.in_rows(of) for of in (made.targets.float(), *before)]
     assert made.mask.sum(dim=1).tolist() == [len(response) for response in responses]
-    expected = [
-        (text[place - 1], place - 1)
-        for text, prompt in zip(whole, prompts, strict=True)
-        for place in range(len(prompt), len(text))
-    ]
-    before = made.before.index[: len(said)]
-    assert list(zip(flat[before].tolist(), positions[before].tolist(), strict=True)) == expected
-    assert flat[made.last.index].tolist() == [text[-1] for text in whole]
-    assert positions[made.last.index].tolist() == [len(text) - 1 for text in whole]
+    for number, (prompt, response) in enumerate(pairs):
+        text = prompt + response
+        targets, tokens, places = (of[number][made.mask[number]].tolist() for of in rows)
+        assert targets == response
+        assert tokens == text[len(prompt) - 1 : -1]
+        assert places == list(range(len(prompt) - 1, len(text) - 1))
+        assert last[:, number].tolist() == [text[-1], len(text) - 1]
+    assert not any(of[~made.mask].any() for of in rows)
 
 
 @given(pairs=PAIRS)
-def test_a_prompt_is_there_once_and_padding_hardly(pairs):
-    prompts, responses = unzipped(pairs)
-    real = sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(map(len, responses))
-    assert Packed(prompts, responses, CPU).tokens.shape == (1, rounded(real))
+def test_what_texts_begin_with_is_there_once_and_padding_hardly(pairs):
+    made = Packed(*unzipped(pairs), CPU)
+    assert made.tokens.shape == (1, rounded(len(beginnings(pairs))))
+    said = {tuple(p + r[:end]) for p, r in pairs for end in range(1, len(r) + 1)}
+    assert len(made.targets) == len(made.before.index) == rounded(len(said))
 
 
 def test_sizes_are_few_and_hardly_larger():
@@ -56,28 +75,31 @@ def test_sizes_are_few_and_hardly_larger():
 
 
 @given(pairs=PAIRS)
-def test_rows_hold_each_response_behind_its_prompt_and_come_back_together(pairs):
-    prompts, responses = unzipped(pairs)
-    made = Packed(prompts, responses, CPU)
+def test_rows_hold_each_text_that_no_other_begins_with_and_come_back_together(pairs):
+    made = Packed(*unzipped(pairs), CPU)
     states = torch.stack([made.tokens[0], made.positions[0]], dim=1).double()
     blocks = made.apart(states)
-    rows = [row.tolist() for block in blocks for row in block]
-    assert sorted(rows) == sorted(
-        [[float(token), float(place)] for place, token in enumerate(text)]
-        + [[float(text[-1]), float(len(text) - 1)]] * (width - len(text))
-        for text, width in zip(
-            sorted((p + r for p, r in pairs), key=len, reverse=True),
-            (block.shape[1] for block in blocks for _ in block),
-            strict=True,
-        )
+    texts = {tuple(prompt + response) for prompt, response in pairs}
+    found = []
+    for tokens, places in (row.T.long().tolist() for block in blocks for row in block):
+        end = places[-1]
+        found.append(tuple(tokens[: end + 1]))
+        assert places == [min(place, end) for place in range(len(places))]
+        assert tokens[end:] == [tokens[end]] * (len(tokens) - end)
+    assert sorted(found) == sorted(
+        text for text in texts if not any(other[: len(text)] == text != other for other in texts)
     )
-    real = sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(map(len, responses))
+    assert [len(text) for text in found] == sorted(map(len, found), reverse=True)
+    real = len(beginnings(pairs))
     assert torch.equal(made.together(blocks)[:real], states[:real])
 
 
 @given(PAIRS)
 def test_gradients_of_rows_add_up(pairs):
     made = Packed(*unzipped(pairs), CPU)
+    numbers = torch.randn(len(made.targets), dtype=torch.float64, requires_grad=True)
+    made.in_rows(numbers).sum().backward()
+    assert numbers.grad.sum() == made.mask.sum()
     states = torch.randn(made.tokens.shape[1], 3, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn_like(block) for block in made.apart(states)]
     sum((block * weight).sum() for block, weight in zip(made.apart(states), weights, strict=True)).backward()

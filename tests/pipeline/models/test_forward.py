@@ -316,7 +316,8 @@ def tiny(family, attention="sdpa", **more):
 
 
 def drawn(seed, prompt=(1, 60), response=(1, 12), most=9, groups=5):
-    """Prompts and groups of responses of random lengths; one prompt and one response have one token."""
+    """Prompts and groups of responses of random lengths, of which some begin alike; a prompt and a response of one
+    token."""
     source = torch.Generator().manual_seed(seed)
 
     def number(least, most):
@@ -325,8 +326,12 @@ def drawn(seed, prompt=(1, 60), response=(1, 12), most=9, groups=5):
     def text(length):
         return torch.randint(2, 40, (length,), generator=source).tolist()
 
+    def group(count):
+        texts = [text(number(*response)) for _ in range(count)]
+        return [other[: number(0, len(own))] + own for other, own in zip([[], *texts], texts, strict=False)]
+
     prompts = [text(number(*prompt)) for _ in range(groups)]
-    made = [[text(number(*response)) for _ in range(number(1, most))] for _ in range(groups)]
+    made = [group(number(1, most)) for _ in range(groups)]
     return [prompts[0][:1], *prompts[1:]], [*made[:-1], [made[-1][0][:1], *made[-1][1:]]]
 
 
@@ -386,7 +391,8 @@ def assert_same(model, prompts, groups):
 
 
 def tokens_of(prompts, groups):
-    return rounded(sum(map(len, prompts)) + sum(len(response) for group in groups for response in group))
+    texts = [(*prompt, *response) for prompt, response in zip(*repeated(prompts, groups), strict=True)]
+    return rounded(len({text[: end + 1] for text in texts for end in range(len(text))}))
 
 
 @pytest.mark.parametrize("response", [(1, 12), (80, 130)], ids=["short", "long"])
