@@ -90,10 +90,10 @@ def where() -> dict[str, str]:
 
 def store(name: str, found: Mapping[str, Any]) -> None:
     """Keep what a benchmark found, with machine and commit, as results/NAME.json."""
-    file = RESULTS / f"{name}.json"
+    file, here = RESULTS / f"{name}.json", where()
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({**where(), **found}) + "\n", encoding="utf-8")
-    print(f"{where()['machine']}, commit {where()['commit']}; kept in {file.relative_to(ROOT)}")
+    file.write_text(json.dumps({**here, **found}) + "\n", encoding="utf-8")
+    print(f"{here['machine']}, commit {here['commit']}; kept in {file.relative_to(ROOT)}")
 
 
 def verdict(missed: Sequence[str]) -> None:
