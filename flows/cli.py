@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import storage
+from pipeline import lifeline, storage
 from pipeline.errors import PipelineError
 
 app = typer.Typer(
@@ -41,19 +41,25 @@ def run(
     """Run an experiment: foundations, loop, evaluation. Run it again to resume."""
     # Prefect's own lines would bury ours on the terminal; they still go to its server. It reads this on import.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from flows import execute, reports
-    from flows.run import Outcome, Run, look_up
+    from flows import temporary
+    from flows.run import Outcome, Run, find_experiment, look_up, nothing
     from pipeline.experiment import Experiment
     from pipeline.metrics import console
 
-    resolved = Experiment.load(execute.find_experiment(experiment), changes or (), recipe, name)
+    resolved = Experiment.load(find_experiment(experiment), changes or (), recipe, name)
+    there = Run(resolved, root, look_up, console.line)
+    last = there.iteration(resolved.scale.iterations - 1)
+    server_answers = nothing if dry_run or (last / "policy").exists() else temporary.begin()
+    from flows import execute, reports  # which takes seconds
+
     outcome = execute.finished(resolved, root)
     if dry_run:
         reports.plan(resolved, root, outcome)
         return
     if isinstance(outcome, Outcome):
-        execute.settle_again(Run(resolved, root, look_up, console.line))
+        execute.settle_again(there)
     else:
+        server_answers()
         execute.run_experiment(experiment, recipe, name, changes, str(root), wait=wait)
         outcome = execute.finished(resolved, root)
     reports.summary(experiment, resolved, root, outcome)
@@ -404,8 +410,14 @@ def serve(
     serving.serve(Path.cwd(), port, database)
 
 
+def command() -> None:
+    """`rlhf` as a process of its own."""
+    with lifeline.left_at_once():
+        main()
+
+
 def main() -> None:
-    """Entry point of `rlhf`: errors of ours are told without a traceback."""
+    """The command line; errors of ours are told without a traceback."""
     try:
         app()
     except PipelineError as error:
@@ -414,4 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

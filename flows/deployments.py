@@ -12,10 +12,10 @@ from pydantic import Field
 
 from flows import pictures
 from flows.evaluate import evaluate
-from flows.execute import find_experiment, finished, run_experiment
+from flows.execute import finished, run_experiment
 from flows.forking import branch, stood
 from flows.foundations import foundations
-from flows.run import Outcome, Run, look_up
+from flows.run import Outcome, Run, find_experiment, look_up
 from flows.tables import STAGES, load_stage
 from flows.tasks import as_task, perform
 from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run

@@ -15,7 +15,7 @@ from flows.foundations import foundations
 from flows.online import online
 from flows.planning import here, refuse_what_cannot_fit
 from flows.promotion import settle
-from flows.run import MissingError, Outcome, Run, look_up, write_metrics
+from flows.run import MissingError, Outcome, Run, find_experiment, look_up, write_metrics
 from flows.tables import STAGES
 from flows.tasks import as_task
 from pipeline import storage
@@ -36,8 +36,6 @@ from stages.score import score
 from stages.sft import sft
 from stages.update import update
 from stages.value import value
-
-EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 def check(experiment: Experiment) -> None:
@@ -94,20 +92,6 @@ def finished(experiment: Experiment, root: Path) -> Outcome | MissingError:
         return walk(Run(experiment, root, look_up))
     except MissingError as missing:
         return missing
-
-
-def find_experiment(name_or_path: str) -> Path:
-    """The file of an experiment: a path, or a name in `flows/experiments`. Raises `ExperimentError`."""
-    path = Path(name_or_path)
-    if path.suffix == ".toml" or path.is_file():
-        return path
-    named = EXPERIMENTS / f"{name_or_path}.toml"
-    if not named.is_file():
-        names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
-        raise ExperimentError(
-            f"no experiment is called {name_or_path!r}; there are: {names}", do="or give a path to a .toml"
-        )
-    return named
 
 
 def _flow_run_name() -> str:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from flows.promotion import PROMOTED
 from flows.reporting import REPORT
-from flows.run import MissingError, Outcome
+from flows.run import MissingError, Outcome, find_experiment
 from flows.sheets import out, print_sheet
 from flows.tables import contract_sheet, metrics_sheet, recipes_sheet, stages_sheet
 from pipeline.algorithms.recipe import Recipe
@@ -82,7 +82,6 @@ def estimate(
 ) -> None:  # fmt: skip
     """`rlhf plan EXPERIMENT`: what an iteration takes on so many devices, with responses of that length."""
     from flows import planning
-    from flows.execute import find_experiment
 
     experiment = Experiment.load(find_experiment(asked), changes, recipe, name)
     made = planning.plan(experiment, root / experiment.name, *where)

@@ -17,6 +17,7 @@ from pipeline.settings import plain_name
 from pipeline.stage import Stage, StageSettings
 
 LOCK_FILE = ".lock"
+EXPERIMENTS = Path(__file__).parent / "experiments"
 
 
 class Perform(Protocol):
@@ -112,6 +113,20 @@ class Outcome:
     before: Artifact | None
     """Labels of policy 0 on held-out prompts."""
     after: Artifact | None
+
+
+def find_experiment(name_or_path: str) -> Path:
+    """The file of an experiment: a path, or a name in `flows/experiments`. Raises `ExperimentError`."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    named = EXPERIMENTS / f"{name_or_path}.toml"
+    if not named.is_file():
+        names = ", ".join(sorted(p.stem for p in EXPERIMENTS.glob("*.toml")))
+        raise ExperimentError(
+            f"no experiment is called {name_or_path!r}; there are: {names}", do="or give a path to a .toml"
+        )
+    return named
 
 
 def name_given(name: str) -> str:

@@ -1,9 +1,12 @@
-"""A process that ends when the one that launched it does, however that ended."""
+"""How a process ends: when the one that launched it does, however that ended; and at once when its work is done."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import psutil
@@ -29,3 +32,28 @@ def end_what_was_started() -> None:
     for started in psutil.Process().children(recursive=True):  # some are in sessions of their own
         with suppress(psutil.NoSuchProcess):
             started.kill()
+
+
+@contextmanager
+def left_at_once() -> Iterator[None]:
+    """Have this process end with what is within, its exit handlers called and nothing taken apart.
+
+    Python takes two seconds to take torch and its like apart, and torch aborts meanwhile now and then.
+    """
+    status: list[int] = []
+    atexit.register(_leave, status)  # handlers that are registered later are called earlier
+    try:
+        yield
+        status.append(0)
+    except SystemExit as said:
+        if said.code is None or isinstance(said.code, int):
+            status.append(said.code or 0)
+        raise
+
+
+def _leave(status: list[int]) -> None:
+    if status:  # none where an error is yet to be told
+        with suppress(OSError):  # nobody reads on
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status[0])

@@ -17,7 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -294,6 +294,10 @@ class Stage:
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """The command line of this stage; exits with 0, 1 (failed) or 2 (the request was wrong)."""
+        with lifeline.left_at_once() if self.function.__module__ == "__main__" else nullcontext():
+            self._main(arguments)
+
+    def _main(self, arguments: Sequence[str] | None) -> None:
         lifeline.hold()
         report = os.environ.pop(ERROR_FILE, None)
         try:

@@ -8,9 +8,7 @@ beyond rounding. With one process nothing here does anything.
 A rank that has no micro-batch left reads one again and counts it for nothing: gathering the weights takes all.
 """
 
-import atexit
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -49,14 +47,6 @@ def joined() -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         _mesh.cache_clear()
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    """End a process whose work is done, as it is: while its libraries are taken down, torch aborts it now and then."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def card_of(number: int, cards: int) -> int:

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from flows.execute import find_experiment, walk
+from flows.execute import walk
 from flows.promotion import settle
 from flows.reporting import REPORT, report
-from flows.run import Run
+from flows.run import Run, find_experiment
 from pipeline.catalog import EXPERIMENT_FILE
 from pipeline.errors import ArtifactError, ExperimentError, StorageError
 from pipeline.experiment import Experiment

@@ -61,6 +61,7 @@ def begun(command):
 EVERY_STAGE = """
 import importlib, json, sys
 from pathlib import Path
+from pipeline.lifeline import left_at_once
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.distributed import everybody, joined, own, shard
 from pipeline.ranks import rank
@@ -75,7 +76,7 @@ def placed(policy):
         "held": everybody(sum(own(weights).numel() for weights in model.parameters())),
     }
 
-with joined():
+with left_at_once(), joined():
     for module, name, *words in json.loads((room / "asked.json").read_text()):
         getattr(importlib.import_module(module), name).main(words)
     told = placed(Path(sys.argv[2]))
