@@ -22,6 +22,14 @@ with left_at_once():
 """
 
 
+def run(script):
+    """A process that keeps what it says until it ends."""
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("ending", "code", "at_once"),
     [
@@ -30,9 +38,7 @@ with left_at_once():
     ],
 )  # fmt: skip
 def test_what_is_done_ends_at_once_and_what_failed_is_told(ending, code, at_once):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(ending=ending)], capture_output=True, text=True, check=False
-    )
+    done = run(SCRIPT.format(ending=ending))
     assert done.returncode == code
     assert done.stdout.splitlines() == ["worked", "handled"] + ["taken apart"] * (not at_once)
     assert ("a word" in done.stderr) == (not at_once)
@@ -40,8 +46,5 @@ def test_what_is_done_ends_at_once_and_what_failed_is_told(ending, code, at_once
 
 def test_nobody_needs_to_read_what_it_says():
     closed = "import os\nread, write = os.pipe()\nos.dup2(write, 1)\nos.close(write)\nos.close(read)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", closed + SCRIPT.format(ending="pass")],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+    done = run(closed + SCRIPT.format(ending="pass"))
     assert (done.returncode, done.stderr) == (0, "")
