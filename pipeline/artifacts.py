@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -54,6 +54,8 @@ from pipeline.storage import MANIFEST, SCRATCH
 METRICS_FILE, LOG_FILE = "metrics.parquet", "log.txt"
 PRUNED = "PRUNED"
 """Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
+MANY = 10_000
+"""Rows of a Parquet file from which on several threads are worth their start."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
 _ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED, CARD})
 _ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
@@ -183,7 +185,7 @@ class Artifact:
         """Read the files one after the other. Raises `ArtifactError` for a file that is gone or unreadable."""
         for path in self.part_paths():
             try:
-                yield pq.read_table(path, columns=columns)
+                yield _read(path, columns)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ArtifactError(f"unreadable part: {error}", str(path), "delete the artifact and re-run") from error
 
@@ -244,6 +246,14 @@ class Artifact:
         apart = groups is not None and len(pc.unique(groups)) == len(groups)
         if self.contract.key and len(self.part_paths()) > 1 and not apart:
             self.contract.check_keys(self.table(list(self.contract.key)), str(self.path))
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """A Parquet file, in half of `read_table`'s time where it is small; that has more to prepare."""
+    with pq.ParquetFile(path) as file:
+        if missing := set(columns or ()) - set(file.schema_arrow.names):
+            raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
+        return file.read(columns, use_threads=file.metadata.num_rows >= MANY)
 
 
 def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
@@ -440,7 +450,7 @@ class Outbox:
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
         for path in sorted(self.path.glob("part-*.parquet")):
-            yield pq.read_table(path, columns=columns)
+            yield _read(path, columns)
 
     def say(self, text: str) -> None:
         """Keep a line in log.txt and show it."""

@@ -5,7 +5,7 @@ transformers takes 15 to 20 ms to build a model that trains for a second; iterat
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,9 @@ from transformers.utils import logging
 
 from pipeline.attention import attend_by_products
 from pipeline.errors import ArtifactError
-from pipeline.tensors import Tensors
+from pipeline.tensors import Tensors, copying
 
 DESCRIPTIONS = ("config.json", "generation_config.json")
-
-FEW = 2**24
-"""Numbers below which one thread copies them all."""
 
 ALIGNED = 64
 """Bytes: torch's own tensors begin at multiples of it."""
@@ -95,8 +92,7 @@ def _emptied(model: Any) -> Any:
 def _filled(template: Any, checkpoint: Path) -> Any:
     """A copy with the tensors of a checkpoint."""
     own, found = template.state_dict(keep_vars=True), {}
-    small = sum(of.numel() for of in own.values()) < FEW
-    with Tensors(checkpoint) as tensors, _one_thread() if small else nullcontext():
+    with Tensors(checkpoint) as tensors, copying(own.values()):
         for name in tensors.names():
             of = own[name]
             found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))
@@ -107,17 +103,6 @@ def _filled(template: Any, checkpoint: Path) -> Any:
 
 def _as_is(of: Tensor, numbers: Tensor) -> Tensor:
     return nn.Parameter(numbers, of.requires_grad) if isinstance(of, nn.Parameter) else numbers
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Several would wait for each other where another process computes too: 70 ms for 2, at times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

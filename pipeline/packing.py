@@ -152,7 +152,7 @@ class Packed:
         return _scattered(self._said(numbers[:, None])[:, 0], self.mask)
 
     def apart(self, states: Float[Tensor, "N D"]) -> list[Float[Tensor, "rows longest D"]]:
-        """Rows: each response behind its prompt, beside those of about its length; padded on the right."""
+        """Rows: each text that no other begins with, beside those of about its length; padded on the right."""
         parts = torch.split(self._rows(states), [rows * longest for rows, longest in self._blocks])
         return [part.view(*block, -1) for part, block in zip(parts, self._blocks, strict=True)]
 

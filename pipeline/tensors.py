@@ -1,13 +1,33 @@
-"""What is in a checkpoint's tensor files."""
+"""What is in a checkpoint's tensor files, and how it is copied."""
 
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import ArtifactError
+
+FEW = 2**24
+"""Numbers below which one thread copies them all."""
+
+
+@contextmanager
+def copying(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Have one thread copy these, if they are few: several wait for each other where another process computes too.
+
+    70 ms in place of 2, at times.
+    """
+    threads = torch.get_num_threads()
+    if sum(of.numel() for of in tensors) < FEW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Tensors(ExitStack):

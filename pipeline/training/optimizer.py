@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import ArtifactError
 from pipeline.models.distributed import gathered, like, on_host, own
 from pipeline.ranks import rank
+from pipeline.tensors import copying
 from pipeline.training.progress import UNREADABLE, State, write_tensors
 
 TRAINER = "trainer"
@@ -96,9 +97,10 @@ class Moments:
         if (sizes := state.values.get("groups")) != self._sizes():
             raise ValueError(f"made for groups of {sizes} parameters, this model has {self._sizes()}")
         known: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for key, value in state.tensors.items():
-            number, _, name = key.partition(".")
-            known[int(number)][name] = value.clone()  # not a view of a file that may be deleted
+        with copying(state.tensors.values()):
+            for key, value in state.tensors.items():
+                number, _, name = key.partition(".")
+                known[int(number)][name] = value.clone()  # not a view of a file that may be deleted
         groups = self.optimizer.param_groups
         weights = dict(enumerate(parameter for group in groups for parameter in group["params"]))
         for place, of in known.items():
