@@ -106,6 +106,6 @@ def test_training_reads_and_goes_back_by_wide_products(policy, seen):
 @pytest.mark.parametrize("rows", [1, FEW])
 def test_a_sampler_with_few_rows_does_not(policy, seen, rows):
     before = switch()
-    reader = Reader(policy.eval(), [[1]] * rows, torch.device("cpu"))
-    reader.read(torch.zeros(rows, dtype=torch.long))
+    reader = Reader(policy.eval(), [[1]] * rows, rows, torch.device("cpu"))
+    reader.read(np.arange(rows), torch.zeros(rows, dtype=torch.long))
     assert set(seen) == {"bf16" if rows == FEW else before}
