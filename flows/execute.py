@@ -23,8 +23,8 @@ from pipeline.algorithms.bind import bind
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment, Resources
 from pipeline.grading import open_grader
+from pipeline.heaps import let_go
 from pipeline.metrics import console
-from pipeline.models.device import let_go
 from pipeline.stage import Stage
 from stages.advantage import advantage
 from stages.ask import ask

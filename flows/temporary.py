@@ -5,6 +5,8 @@ from contextlib import suppress
 from functools import cache
 from threading import Thread
 
+from pipeline import heaps
+
 
 def begin() -> Callable[[], None]:
     """Start the server that Prefect starts for whoever has none, and return what waits until it answers.
@@ -16,6 +18,7 @@ def begin() -> Callable[[], None]:
 
     if PREFECT_API_URL.value() or not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         return lambda: None
+    heaps.share()  # before there is a thread
     return _starting().join
 
 

@@ -5,7 +5,8 @@ import sys
 
 LOOK = """
 import psutil, torch
-from pipeline.models.device import device, let_go
+from pipeline.heaps import let_go
+from pipeline.models.device import device
 held = lambda: psutil.Process().memory_info().rss / 1e6
 device()
 before = held()
