@@ -92,7 +92,7 @@ def _emptied(model: Any) -> Any:
 def _filled(template: Any, checkpoint: Path) -> Any:
     """A copy with the tensors of a checkpoint."""
     own, found = template.state_dict(keep_vars=True), {}
-    with Tensors(checkpoint) as tensors, copying(own.values()):
+    with Tensors(checkpoint) as tensors, copying(of.shape for of in own.values()):
         for name in tensors.names():
             of = own[name]
             found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))

@@ -43,7 +43,7 @@ from pipeline.engines import (
 from pipeline.engines.beams import BeamSearch, Next
 from pipeline.errors import EngineError
 from pipeline.metrics import console
-from pipeline.tensors import Tensors
+from pipeline.tensors import Tensors, copying
 
 ON_GPU = torch.cuda.is_available()
 
@@ -125,15 +125,14 @@ class VllmEngine:
                 self._checkpoint, self._layout = checkpoint, layout
                 return
             fresh = self._llm is None or layout != self._layout
+            if not fresh:
+                with copying(layout["tensors"].values()):
+                    self._reload(checkpoint, layout)
+                    fresh = bool(self._stale(checkpoint))
             if fresh:
                 self._build(checkpoint)
-            else:
-                self._reload(checkpoint, layout)
-            if not fresh and self._stale(checkpoint):
-                self._build(checkpoint)
-                fresh = True
-            if fresh and (stale := self._stale(checkpoint)):
-                raise EngineError(f"the engine does not compute with the checkpoint's weights: {stale}")
+                if stale := self._stale(checkpoint):
+                    raise EngineError(f"the engine does not compute with the checkpoint's weights: {stale}")
             self._checkpoint, self._layout = checkpoint, layout
 
     def generate(

@@ -97,7 +97,7 @@ class Moments:
         if (sizes := state.values.get("groups")) != self._sizes():
             raise ValueError(f"made for groups of {sizes} parameters, this model has {self._sizes()}")
         known: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        with copying(state.tensors.values()):
+        with copying(of.shape for of in state.tensors.values()):
             for key, value in state.tensors.items():
                 number, _, name = key.partition(".")
                 known[int(number)][name] = value.clone()  # not a view of a file that may be deleted
