@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 BEGUN = """
-import sys, time
+import sys
 from flows import temporary
 answers = temporary.begin()
 begun = "prefect.server.api.server" in sys.modules
 answers()
 from prefect import get_client
-from prefect.settings import PREFECT_API_URL
 with get_client(sync_client=True) as client:
     print(begun, client.api_healthcheck(), client.api_url)
 import psutil
