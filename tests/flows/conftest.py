@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect.events.worker import EventsWorker
 
 from flows import cli
 from flows.execute import walk
@@ -197,6 +198,13 @@ def no_engine_stays() -> Iterator[None]:
     """Close what a module's runs left warm: a process holds one vLLM engine, and other tests build their own."""
     yield
     close_engines()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_service_stays() -> Iterator[None]:
+    """End what Prefect does beside a module's runs: its pings draw from `random`, which Hypothesis watches."""
+    yield
+    EventsWorker.drain_all(timeout=30, at_exit=False)  # of all its services
 
 
 @pytest.fixture(scope="session")
