@@ -185,7 +185,7 @@ class Artifact:
         """Read the files one after the other. Raises `ArtifactError` for a file that is gone or unreadable."""
         for path in self.part_paths():
             try:
-                yield _read(path, columns)
+                yield read_part(path, columns)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ArtifactError(f"unreadable part: {error}", str(path), "delete the artifact and re-run") from error
 
@@ -248,7 +248,7 @@ class Artifact:
             self.contract.check_keys(self.table(list(self.contract.key)), str(self.path))
 
 
-def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
+def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, in half of `read_table`'s time where it is small; that has more to prepare."""
     with pq.ParquetFile(path) as file:
         if missing := set(columns or ()) - set(file.schema_arrow.names):
@@ -369,7 +369,8 @@ class Outbox:
         self.path = scratch_of(self.target, self.fingerprint)
         self.working = self.path / _WORKING
         """What the stage keeps to go on from after a crash."""
-        self._flushed: set[str] = set()
+        self.written: set[str] = set()
+        """Names of the parts that this process has checked and put on the disk."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._log = (self.path / LOG_FILE).open("a", encoding="utf-8")
@@ -445,12 +446,12 @@ class Outbox:
         self._note({self._part(index).name: hashed})
         temporary.rename(self._part(index))
         _hashed[identity(self._part(index))] = hashed  # renaming a file changes its time of change, not its bytes
-        self._flushed.add(self._part(index).name)
+        self.written.add(self._part(index).name)
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
         for path in sorted(self.path.glob("part-*.parquet")):
-            yield _read(path, columns)
+            yield read_part(path, columns)
 
     def say(self, text: str) -> None:
         """Keep a line in log.txt and show it."""
@@ -481,7 +482,7 @@ class Outbox:
         (self.path / CARD).write_text(about, encoding="utf-8")
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*(self.path / name for name in (*files, CARD) if name not in self._flushed), temporary):
+        for path in (*(self.path / name for name in (*files, CARD) if name not in self.written), temporary):
             flush(path)
         temporary.rename(self.path / MANIFEST)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))

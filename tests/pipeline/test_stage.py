@@ -130,6 +130,19 @@ def test_a_place_with_something_else_in_it_is_refused(toy, documents, diary, tmp
     assert diary("runs") == []
 
 
+def test_what_this_process_checked_as_it_wrote_it_is_not_checked_again_unless_it_is_of_several_parts(
+    toy, documents, tmp_path, monkeypatch
+):
+    looked_at, check = [], Artifact.check
+    monkeypatch.setattr(Artifact, "check", lambda artifact: (looked_at.append(artifact.path.name), check(artifact)))
+    one = documents("one", "a")
+    for shards in (1, 2):
+        made = toy.toy.run(tmp_path / f"of-{shards}", toy.Settings(shards=shards, text=f"{shards}"), documents=one)
+        for text in ("once", "again"):
+            toy.toy.run(tmp_path / f"{text}-{shards}", toy.Settings(text=text), documents=made.path)
+    assert looked_at == ["one", "of-2"]
+
+
 def test_a_table_that_was_sound_is_looked_at_again_once_it_has_other_bytes(toy, documents, diary, tmp_path):
     one = documents("one", "a")
     toy.toy.run(tmp_path / "first", toy.Settings(), documents=one)
