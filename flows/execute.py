@@ -162,6 +162,7 @@ def run_experiment(
                 outcome = walk(run, at_most)
         finally:  # what a run that stopped has measured is to be seen as well
             let_go()
+            pictures.catch_up(run)
             write_metrics(run.folder)
             hacking.draw([run.folder])
             _track(run)

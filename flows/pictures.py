@@ -9,24 +9,29 @@ makes what is shown, in order, and `wait` ends when all of it is there.
 import base64
 import html
 import json
+import math
 import re
 import string
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
 from flows.run import Run
-from pipeline.artifacts import METRICS_FILE, Artifact
-from pipeline.catalog import Survey, artifacts_of
+from pipeline.artifacts import METRICS_FILE, Artifact, read_part
+from pipeline.catalog import artifacts_of
 from pipeline.seeds import derive
+from pipeline.storage import MANIFEST
 
 CURVES = {
     "reward": "reward/mean", "accuracy": "accuracy/mean", "KL to reference [nat/token]": "kl/reference",
@@ -41,6 +46,10 @@ SHOWN = 3
 
 LONGEST = 400
 """Characters that are shown of a text."""
+
+EVERY = 5.0
+"""Seconds from one iteration that is shown to the next: an iteration of two seconds would spend a tenth of them on it,
+and nobody looks that often."""
 
 
 _making = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
@@ -73,9 +82,28 @@ def link(artifact: Artifact, key: str) -> None:
 
 
 def show(run: Run, number: int) -> None:
-    """Show what iteration `number` came to: a table and curves up to it, and sample rows of it."""
-    if FlowRunContext.get() is not None:
+    """Show what iteration `number` came to: a table and curves up to it, and sample rows of it.
+
+    At most every `EVERY` seconds; `catch_up` shows the last one that was left out.
+    """
+    if FlowRunContext.get() is None:
+        return
+    _behind[run.folder] = number
+    if time.monotonic() - _shown.get(run.folder, -math.inf) >= EVERY:
+        catch_up(run)
+
+
+def catch_up(run: Run) -> None:
+    """Show the last iteration that is done, unless it is shown already."""
+    if (number := _behind.pop(run.folder, None)) is not None:
+        _shown[run.folder] = time.monotonic()
         _later(_show, run=run, number=number)
+
+
+_behind: dict[Path, int] = {}
+"""Folder of a run -> its last iteration, where that is not shown."""
+_shown: dict[Path, float] = {}
+"""Folder of a run -> when an iteration of it was last shown."""
 
 
 def _show(run: Run, number: int) -> None:
@@ -100,14 +128,14 @@ def _key(name: str) -> str:
 def _iterations(folder: Path, last: int) -> list[Path]:
     """Directories of the iterations that the run made itself, in order."""
     found = sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]") if int(path.name) <= last)
-    return [path for path in found if Survey.of(path).committed]
+    return [path for path in found if any(path.glob(f"*/{MANIFEST}"))]
 
 
 @cache
 def _numbers(folder: Path) -> Mapping[str, float | None]:
     """A row for one iteration: means over its artifacts by their rows, and the seconds that its stages took."""
     artifacts = artifacts_of(folder)
-    tables = [(one, pq.read_table(path)) for one in artifacts if (path := one.path / METRICS_FILE).exists()]
+    tables = [(one, read_part(path)) for one in artifacts if (path := one.path / METRICS_FILE).exists()]
     row: dict[str, float | None] = {"iteration": int(folder.name)}
     for shown, name in CURVES.items():
         row[shown] = _mean((one, value) for one, table in tables for value in _values(table, name))
@@ -171,31 +199,40 @@ def _panel(rows: Sequence[Mapping[str, float | None]], name: str) -> str:
 
 def samples(folder: Path, seed: int) -> str:
     """The best, the worst and some random responses of an iteration, as Markdown in which texts stay texts."""
-    rows = sorted(_judged(folder), key=lambda row: (-row["reward"], row["prompt_id"], row["sample"]))
-    drawn = sorted(rows, key=lambda row: derive(seed, row["prompt_id"], row["sample"]))[:SHOWN]
-    taken = [("best", row) for row in rows[:SHOWN]] + [("worst", row) for row in rows[-SHOWN:]]
+    labels = [one for one in artifacts_of(folder) if one.manifest.kind == "labels"]
+    order = [("reward", "descending"), ("prompt_id", "ascending"), ("sample", "ascending")]
+    judged = pa.concat_tables(map(_judged, labels)).sort_by(order)
+    places = range(len(judged))
+    drawn = Random(seed).sample(places, min(SHOWN, len(places)))  # noqa: S311  # they keep no secret
+    taken = {"best": places[:SHOWN], "worst": places[-SHOWN:], "random": drawn}
+    named = [(which, place) for which, some in taken.items() for place in some]
+    shown = judged.take([place for _, place in named]).to_pylist()
+    asked = _asked_by(labels, [row["prompt_id"].partition("#")[0] for row in shown])
     lines = ["|  | reward | verdict | prompt | response |", "| --- | --- | --- | --- | --- |"]
-    for which, row in taken + [("random", row) for row in drawn]:
-        cells = (which, f"{row['reward']:g}", row["verdict"] or "", text(row["prompt"]), text(row["response"]))
+    for (which, _), row in zip(named, shown, strict=True):
+        prompt = asked[row["prompt_id"].partition("#")[0]]
+        cells = (which, f"{row['reward']:g}", row["verdict"] or "", text(prompt), text(row["response"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _judged(folder: Path) -> list[dict[str, Any]]:
-    """The rows of an iteration's rounds with prompt, response and what was said of it."""
-    rows: list[dict[str, Any]] = []
-    for labels in (one for one in artifacts_of(folder) if one.manifest.kind == "labels"):
-        rollouts = Artifact.open(labels.manifest.inputs["rollouts"][0].place)
-        prompts = Artifact.open(labels.manifest.inputs["prompts"][0].place)
-        asked = {row["prompt_id"]: row["messages"][-1]["content"] for row in prompts.table().to_pylist()}
-        said = _by_key(rollouts.table(["prompt_id", "sample", "response"]))
-        for key, row in _by_key(labels.table(["prompt_id", "sample", "reward", "verdict"])).items():
-            rows.append({**row, "prompt": asked[key[0].partition("#")[0]], "response": said[key]["response"]})
-    return rows
+def _judged(labels: Artifact) -> pa.Table:
+    """What was said of responses, beside them: both tables have the same rows."""
+    rollouts = _input(labels, "rollouts").table(["response"])
+    return labels.table(["prompt_id", "sample", "reward", "verdict"]).append_column("response", rollouts["response"])
 
 
-def _by_key(table: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(row["prompt_id"], row["sample"]): row for row in table.to_pylist()}
+def _asked_by(labels: Sequence[Artifact], prompt_ids: Sequence[str]) -> dict[str, str]:
+    """What was asked last in these prompts."""
+    places = {(prompts := _input(one, "prompts")).path: prompts for one in labels}
+    tables = [prompts.table(["prompt_id", "messages"]) for prompts in places.values()]
+    wanted = pa.array(prompt_ids)
+    rows = chain(*(table.filter(pc.is_in(table["prompt_id"], value_set=wanted)).to_pylist() for table in tables))
+    return {row["prompt_id"]: row["messages"][-1]["content"] for row in rows}
+
+
+def _input(artifact: Artifact, name: str) -> Artifact:
+    return Artifact.open(artifact.manifest.inputs[name][0].place)
 
 
 def text(given: str) -> str:

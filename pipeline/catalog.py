@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.artifacts import METRICS_FILE, PRUNED, Artifact, InputRecord
+from pipeline.artifacts import METRICS_FILE, PRUNED, Artifact, InputRecord, read_part
 from pipeline.contracts import METRICS
 from pipeline.errors import ArtifactError
 from pipeline.storage import MANIFEST, SCRATCH
@@ -200,4 +199,4 @@ def lies_at(record: InputRecord, roots: Iterable[Path]) -> Path | None:
 def gather_metrics(folder: Path) -> pa.Table:
     """The metrics of all artifacts of a run."""
     files = [artifact.path / METRICS_FILE for artifact in artifacts_of(folder)]
-    return pa.concat_tables([METRICS.schema().empty_table(), *(pq.read_table(path) for path in files if path.exists())])
+    return pa.concat_tables([METRICS.schema().empty_table(), *(read_part(path) for path in files if path.exists())])

@@ -5,6 +5,7 @@ import re
 import string
 import threading
 from functools import partial
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -83,6 +84,20 @@ def test_samples_are_best_worst_and_random_ones_and_the_same_again(run, there):
 def test_outside_a_flow_run_nothing_is_made(run, there):
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # where nobody would take it
         pictures.show(run, 1)
+
+
+def test_an_iteration_is_shown_unless_one_was_just_now_and_the_last_in_the_end(run, monkeypatch):
+    shown, now = [], [100.0]
+    monkeypatch.setattr(pictures, "_later", lambda make, run, number: shown.append(number))
+    monkeypatch.setattr(pictures, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(pictures, "FlowRunContext", SimpleNamespace(get=lambda: "a flow run"))
+    for number, wait in enumerate((0.0, 3.0, 3.0, 0.0)):
+        now[0] += wait
+        pictures.show(run, number)
+    assert shown == [0, 2]
+    for _ in range(2):
+        pictures.catch_up(run)
+        assert shown == [0, 2, 3]
 
 
 def test_what_is_shown_is_made_meanwhile_in_order_and_waited_for():
