@@ -238,12 +238,12 @@ def taken_apart(prompts: int) -> dict[str, float]:
         "tokenizer's digest": (Chat, "metadata"), "check": (Contract, "check"), "conform": (Contract, "conform"),
         "Parquet": (pq, "write_table"), "fsync": (pipeline.artifacts, "flush"),
         "digest": (pipeline.artifacts, "_hash_of"), "measures": (stages.rollout, "_measure"),
-        "commit": (Outbox, "commit"), "part": (stages.rollout.Sampler, "part"),
+        "commit": (Outbox, "commit"), "rows": (stages.rollout.Sampler, "_rows"),
     }  # fmt: skip
     with timed(watched) as spent:
         whole, _ = clocked(stage, prompts, f"{prompts}-parts")
     inner = ("submit", "engine steps", "decode", "journal")
-    spent["rows, Arrow"] = spent.pop("part") - sum(spent[name] for name in inner)
+    spent["rows, Arrow"] = spent.pop("rows") - sum(spent[name] for name in inner)
     return {"whole": whole, **spent, "rest": whole - sum(spent.values())}
 
 
