@@ -16,6 +16,16 @@ def keep() -> None:
     _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back() -> None:
+    """Give back what tensors free, each at once.
+
+    With what is kept between passes through a model of 20 million weights a process held 1.30 GB for 1.14; to fault
+    the pages in again takes 4 % of such an update.
+    """
+    _mallopt(M_MMAP_THRESHOLD, 2**17)
+    _mallopt(M_TRIM_THRESHOLD, 2**17)
+
+
 def share() -> None:
     """Have all threads take from two heaps. When threads have begun it is too late.
 

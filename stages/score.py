@@ -157,7 +157,7 @@ def read(model: nn.Module, reader: Reader, part: pa.Table, budget: int) -> pa.Ar
     cut = micro_batches(
         np.arange(len(responses)), lengths, budget, packed=packs(model), groups=numbered(prompts)
     )  # fmt: skip
-    for micro, numbers in together(list(cut), numbers_of):
+    for micro, numbers in together(list(cut), numbers_of, model):
         for place, row in enumerate(micro):
             rows[row] = numbers[place, : len(responses[row])] if numbers.ndim == 2 else numbers[place]
         done += len(micro)

@@ -147,7 +147,7 @@ class Regression:
         model.eval()
         read = torch.no_grad()(lambda some: self._read(model, some).values.cpu().numpy())
         cut = batches.micro_batches(rows, self.lengths, budget, packed=packs(model), groups=self.groups)
-        for some, found in together(list(cut), read):
+        for some, found in together(list(cut), read, model):
             values[some, : found.shape[1]] = found
         model.train(training)
         of_rows: Float[np.ndarray, "N T"] = values[rows]

@@ -15,7 +15,6 @@ def device() -> torch.device:
     """The accelerator of this process if it has one, the processor otherwise."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    heaps.keep()
     return torch.device("cpu")
 
 

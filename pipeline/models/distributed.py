@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.errors import ExperimentError
-from pipeline.models.abreast import abreast, lanes
+from pipeline.models.abreast import abreast, lanes, settle
 from pipeline.models.device import device
 from pipeline.ranks import count, rank
 
@@ -168,14 +168,17 @@ def dealt(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bool]]:
         yield pieces[min(place, len(pieces) - 1)], place < len(pieces)
 
 
-def together(pieces: Sequence[Piece], work: Callable[[Piece], Found]) -> Iterator[tuple[Piece, Found]]:
-    """Every piece with what `work` makes of it, in their order: each rank works on its share, and all get all.
+def together(
+    pieces: Sequence[Piece], work: Callable[[Piece], Found], model: nn.Module
+) -> Iterator[tuple[Piece, Found]]:
+    """Every piece with what `work` makes of it by `model`, in their order: each rank does its share, and all get all.
 
     A single process works on as many at once as is worth while: what torch keeps for each thread, such as
     `torch.no_grad`, `work` sets for itself.
     """
     if count() == 1:
-        yield from zip(pieces, abreast(work, pieces, lanes()), strict=True)
+        settle(model)
+        yield from zip(pieces, abreast(work, pieces, lanes(model)), strict=True)
         return
     for number, (piece, _) in enumerate(dealt(pieces)):
         yield from zip(pieces[number * count() :], everybody(work(piece)), strict=False)

@@ -211,7 +211,7 @@ def scored(model: nn.Module, some: Sequence[Element], budget: int) -> Float[np.n
     found: dict[int, np.ndarray] = {}
     lengths = np.array([element.tokens for element in some], dtype=np.int64)
     pieces = list(batches.micro_batches(np.arange(len(some)), lengths, budget, packed=packs(model)))
-    for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows])):
+    for rows, scores in together(pieces, lambda rows: _read(model, [some[row] for row in rows]), model):
         ends = np.cumsum([len(some[row].responses) for row in rows])[:-1]
         found |= zip(rows.tolist(), np.split(scores, ends), strict=True)
     return np.concatenate([found[row] for row in range(len(some))])
