@@ -150,7 +150,7 @@ class Survey:
 
     def in_order(self) -> list[Path]:
         """The artifacts in the order of their making."""
-        return sorted(sorted(self.committed), key=self.committed.__getitem__)
+        return [path for path, _ in sorted(self.committed.items(), key=lambda item: item[::-1])]
 
 
 def is_aside(parts: Sequence[str]) -> bool:
