@@ -224,8 +224,8 @@ def _judged(labels: Artifact) -> pa.Table:
 
 def _asked_by(labels: Sequence[Artifact], prompt_ids: Sequence[str]) -> dict[str, str]:
     """What was asked last in these prompts."""
-    places = {(prompts := _input(one, "prompts")).path: prompts for one in labels}
-    tables = [prompts.table(["prompt_id", "messages"]) for prompts in places.values()]
+    found = {(prompts := _input(one, "prompts")).path: prompts for one in labels}
+    tables = [prompts.table(["prompt_id", "messages"]) for prompts in found.values()]
     wanted = pa.array(prompt_ids)
     rows = chain(*(table.filter(pc.is_in(table["prompt_id"], value_set=wanted)).to_pylist() for table in tables))
     return {row["prompt_id"]: row["messages"][-1]["content"] for row in rows}
