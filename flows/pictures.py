@@ -207,11 +207,11 @@ def samples(folder: Path, seed: int) -> str:
     taken = {"best": places[:SHOWN], "worst": places[-SHOWN:], "random": drawn}
     named = [(which, place) for which, some in taken.items() for place in some]
     shown = judged.take([place for _, place in named]).to_pylist()
-    asked = _asked_by(labels, [row["prompt_id"].partition("#")[0] for row in shown])
+    prompt_ids = [row["prompt_id"].partition("#")[0] for row in shown]
+    asked = _asked_by(labels, prompt_ids)
     lines = ["|  | reward | verdict | prompt | response |", "| --- | --- | --- | --- | --- |"]
-    for (which, _), row in zip(named, shown, strict=True):
-        prompt = asked[row["prompt_id"].partition("#")[0]]
-        cells = (which, f"{row['reward']:g}", row["verdict"] or "", text(prompt), text(row["response"]))
+    for (which, _), row, prompt_id in zip(named, shown, prompt_ids, strict=True):
+        cells = (which, f"{row['reward']:g}", row["verdict"] or "", text(asked[prompt_id]), text(row["response"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ def keep() -> None:
     _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back() -> None:
+def keep_nothing() -> None:
     """Give back what tensors free, each at once.
 
     With what is kept between passes through a model of 20 million weights a process held 1.30 GB for 1.14; to fault

@@ -16,7 +16,7 @@ from pipeline.contracts import DOCUMENTS, PERPLEXITIES, POLICY
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
-from pipeline.models.device import device
+from pipeline.models.distributed import shard
 from pipeline.models.forward import packs, response_logprobs
 from pipeline.models.precision import computing
 from pipeline.stage import ModelSettings, stage
@@ -106,7 +106,7 @@ def perplexity(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     """Measure how well a policy still predicts plain text."""
     place = inputs.policy.path
     checkpoint.inspect(place)
-    model = computing(checkpoint.load_policy(place, "float32").to(device()), settings.compute_dtype)
+    model = shard(computing(checkpoint.load_policy(place, "float32"), settings.compute_dtype))
     documents = inputs.documents.table(["document_id", "text"]).to_pylist()
     found = predicted(model, documents, Chat(place), settings)
     out.write(

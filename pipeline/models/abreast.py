@@ -38,7 +38,7 @@ def lanes(model: nn.Module) -> int:
 def settle(model: nn.Module) -> None:
     """Have memory that is freed on a processor kept for a small model, and given back by a large one."""
     if device().type == "cpu":
-        (heaps.give_back if _large(model) else heaps.keep)()
+        (heaps.keep_nothing if _large(model) else heaps.keep)()
 
 
 def _large(model: nn.Module) -> bool:

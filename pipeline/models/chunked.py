@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = {"cpu": 9 * 2**22, "cuda": 2**29}
-"""Of a tile of logits in float32, by kind of device; two or three of this size exist at once. On a processor a full one
-is a little larger than what `heaps.keep` has glibc keep, so that its memory goes back at once: 60 MB less."""
+TILE_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""Of a tile of logits in float32, by kind of device; two or three of this size exist at once."""
 
 
 def token_logprobs(

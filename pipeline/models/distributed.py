@@ -87,6 +87,7 @@ def shard(model: Any) -> Any:
 
     A device never holds more than its share and one group: `fully_shard` moves a group, buffers included, as it shards.
     """
+    settle(model)
     if count() == 1:
         return model.to(device())
     mesh = _mesh(device().type)
@@ -177,7 +178,6 @@ def together(
     `torch.no_grad`, `work` sets for itself.
     """
     if count() == 1:
-        settle(model)
         yield from zip(pieces, abreast(work, pieces, lanes(model)), strict=True)
         return
     for number, (piece, _) in enumerate(dealt(pieces)):

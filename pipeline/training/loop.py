@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import NumericsError
 from pipeline.finite import all_finite
 from pipeline.metrics import Metrics, console
-from pipeline.models.abreast import abreast, gather_gradients, lanes, on_the_same_weights, settle
+from pipeline.models.abreast import abreast, gather_gradients, lanes, on_the_same_weights
 from pipeline.models.distributed import added, dealt, own, released, whole
 from pipeline.models.forward import packs
 from pipeline.products import wide_products
@@ -116,7 +116,6 @@ def fit(
     the model is then not to be used.
     """
     model.train()
-    settle(model)
     peaks = [group["lr"] for group in optimizer.param_groups]
     parts: dict[str, Stateful] = {"model": Weights(model), "optimizer": Moments(optimizer)}
     if watcher is not None:

@@ -170,6 +170,7 @@ def ours(plan: dict[str, Any]) -> dict[str, Any]:
     from pipeline.algorithms.weights import WEIGHTS
     from pipeline.metrics import Metrics
     from pipeline.models.checkpoint import load_policy
+    from pipeline.models.distributed import shard
     from pipeline.models.forward import response_logprobs
     from pipeline.packing import Packed, numbered
     from pipeline.training.batches import micro_batches
@@ -183,7 +184,7 @@ def ours(plan: dict[str, Any]) -> dict[str, Any]:
     settings = Settings.of(
         None, {"loss": recipe.loss, "update": recipe.update, "learning_rate": plan["learning_rate"]}
     )  # fmt: skip
-    model = load_policy(Path(plan["policy"]), "float32")
+    model = shard(load_policy(Path(plan["policy"]), "float32"))
     rows = rows_of(plan, model.config.vocab_size)
     lengths = np.array([len(row["prompt_tokens"]) + len(row["response_tokens"]) for row in rows])
     columns = {
@@ -202,7 +203,7 @@ def ours(plan: dict[str, Any]) -> dict[str, Any]:
         return response_logprobs(reference, prompts, responses).logprobs
 
     def scoring() -> tuple[float, Any]:
-        reference = load_policy(Path(plan["policy"]), "float32")
+        reference = shard(load_policy(Path(plan["policy"]), "float32"))
         return timed(lambda: read(reference, reader, table, budget), plan["repeats"])
 
     scored, logprobs = scoring()
