@@ -3,7 +3,6 @@
 transformers takes 15 to 20 ms to build a model that trains for a second; iterations have the same one again and again.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from pipeline.attention import attend_by_products
 from pipeline.errors import ArtifactError
 from pipeline.tensors import Tensors, copying
+from pipeline.twins import twin
 
 DESCRIPTIONS = ("config.json", "generation_config.json")
 
@@ -86,7 +86,7 @@ def _align(model: Any) -> None:
 def _emptied(model: Any) -> Any:
     """A copy with tensors that have shapes and no numbers; but for those that no file has."""
     own = model.state_dict(keep_vars=True).values()
-    return copy.deepcopy(model, {id(of): _as_is(of, of.detach().to("meta")) for of in own})
+    return twin(model, {id(of): _as_is(of, of.detach().to("meta")) for of in own})
 
 
 def _filled(template: Any, checkpoint: Path) -> Any:
@@ -96,7 +96,7 @@ def _filled(template: Any, checkpoint: Path) -> Any:
         for name in tensors.names():
             of = own[name]
             found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))
-    model = copy.deepcopy(template, found)
+    model = twin(template, found)
     model.config._name_or_path = str(checkpoint)  # as from_pretrained has it
     return model
 

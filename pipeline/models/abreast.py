@@ -4,7 +4,6 @@ The operations of a small model are too short to be split between processors: at
 another, and longer where another process computes as well. Micro-batches have nothing to wait for.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from pipeline import heaps
 from pipeline.models.device import device
 from pipeline.products import wide_products
 from pipeline.ranks import count
+from pipeline.twins import twin
 
 Piece = TypeVar("Piece")
 Found = TypeVar("Found")
@@ -65,7 +65,7 @@ def abreast(work: Callable[[Piece], Found], pieces: Sequence[Piece], lanes: int)
 def on_the_same_weights(model: Any) -> Any:
     """Another model with the weights of this one, and gradients of its own."""
     shared = {id(of): nn.Parameter(of.detach(), of.requires_grad) for of in model.parameters()}
-    return copy.deepcopy(model, shared)
+    return twin(model, shared)
 
 
 def gather_gradients(models: Sequence[nn.Module]) -> None:
