@@ -18,7 +18,7 @@ def twin(model: Model, tensors: Mapping[int, Tensor]) -> Model:
     Each module has a dozen dictionaries of hooks, nearly always empty, which `deepcopy` takes apart to build others.
     """
     modules = list(model.modules())
-    made = [cast(Model, module.__new__(type(module))) for module in modules]
+    made = [cast("Model", module.__new__(type(module))) for module in modules]
     known: dict[int, Any] = {**tensors, **{id(old): new for old, new in zip(modules, made, strict=True)}}
     for old, new in zip(modules, made, strict=True):
         vars(new).update({name: _copied(value, known) for name, value in vars(old).items()})

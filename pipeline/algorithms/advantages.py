@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from pydantic import Field
 
-from pipeline.algorithms.lots import lots
+from pipeline.algorithms.lots import lots, row_sums
 from pipeline.algorithms.shelf import Shelf
 
 
@@ -36,7 +36,7 @@ def outcome(rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) ->
 
     REINFORCE without a baseline.
     """
-    return _on_every_token(_totals(rewards, mask), rewards, mask)
+    return _on_every_token(row_sums(rewards, mask), rewards, mask)
 
 
 def group_mean(
@@ -50,7 +50,7 @@ def group_mean(
     Dr. GRPO (arXiv:2503.20783). A response whose group has lost all others gets 0, as in TRL f2cd5771; verl b178a3cd
     gives it its reward, OpenRLHF 3c3be623 refuses it.
     """
-    index, sizes, apart, sums = _groups(_totals(rewards, mask), group)
+    index, sizes, apart, sums = _groups(row_sums(rewards, mask), group)
     return _on_every_token(apart - (sums / sizes)[index], rewards, mask)
 
 
@@ -65,7 +65,7 @@ def leave_one_out(
     added to it: with `kl_penalty` the divergence is in the baseline too, as in the paper, verl b178a3cd and TRL
     f2cd5771; OpenRLHF 3c3be623 keeps it out.
     """
-    index, sizes, apart, sums = _groups(_totals(rewards, mask), group)
+    index, sizes, apart, sums = _groups(row_sums(rewards, mask), group)
     others = sizes[index] - 1
     baseline = (sums[index] - apart) / np.maximum(others, 1)
     return _on_every_token(np.where(others > 0, apart - baseline, 0.0), rewards, mask)
@@ -88,7 +88,7 @@ def greedy_baseline(
     ReMax's code (536ba49c) discounts by 0.99, the last token too, and takes off the token's own divergence.
     """
     if credit == "response":
-        return _on_every_token(_totals(rewards, mask) - greedy, rewards, mask)
+        return _on_every_token(row_sums(rewards, mask) - greedy, rewards, mask)
     advantages = np.zeros_like(rewards)
     for lot in lots(mask.shape):
         to_go = _discounted(rewards[lot], mask[lot], 1.0)
@@ -159,10 +159,6 @@ def gae(
     return Credit(advantages, returns)
 
 
-def _totals(rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Float[np.ndarray, " B"]:
-    return np.asarray(np.where(mask, rewards, 0).sum(axis=1, dtype=np.float64))
-
-
 def _groups(
     totals: Float[np.ndarray, " B"], group: Int[np.ndarray, " B"]
 ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " groups"], Float[np.ndarray, " B"], Float[np.ndarray, " groups"]]:
@@ -178,7 +174,9 @@ def _groups(
 def _on_every_token(
     credit: Float[np.ndarray, " B"], rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]
 ) -> Credit:
-    return Credit(np.where(mask, credit.astype(rewards.dtype)[:, None], rewards.dtype.type(0)))
+    advantages = np.zeros_like(rewards)
+    np.copyto(advantages, credit.astype(rewards.dtype)[:, None], where=mask)
+    return Credit(advantages)
 
 
 def _discounted(

@@ -27,9 +27,11 @@ class Moments:
         """Of one lot, which may be empty."""
         if not values.size:
             return cls()
-        numbers = values.astype(np.float64, copy=False)
+        numbers = np.array(values, np.float64)
         mean = numbers.mean()
-        return cls(numbers.size, float(mean), float(((numbers - mean) ** 2).sum()))
+        numbers -= mean
+        numbers *= numbers
+        return cls(numbers.size, float(mean), float(numbers.sum()))
 
     def __add__(self, other: "Moments") -> "Moments":
         if not self.count or not other.count:

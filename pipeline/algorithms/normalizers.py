@@ -7,10 +7,10 @@ is marked with how they are gathered over lots of rows, and takes what was gathe
 from typing import Annotated, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
-from pipeline.algorithms.lots import lots
+from pipeline.algorithms.lots import lots, row_sums
 from pipeline.algorithms.moments import Moments
 from pipeline.algorithms.shelf import Shelf, gathered_by
 
@@ -32,7 +32,7 @@ def group_std(
     n-1, with an eps of 1e-6 in verl b178a3cd (the defaults here), 1e-4 in TRL f2cd5771 and 1e-9 in OpenRLHF 3c3be623.
     Equal rewards give 0, and so does a group that has lost all but one.
     """
-    level = _sums(advantages, mask) / np.maximum(mask.sum(axis=1), 1)
+    level = row_sums(advantages, mask) / np.maximum(mask.sum(axis=1), 1)
     _, index, sizes = np.unique(group, return_inverse=True, return_counts=True)
     mean = np.bincount(index, weights=level) / sizes
     squares = np.bincount(index, weights=(level - mean[index]) ** 2)
@@ -51,12 +51,7 @@ def moments_of(
     if over == "tokens":
         return Moments.of(advantages[mask])
     counts = mask.sum(axis=1)
-    return Moments.of(_sums(advantages, mask)[counts > 0] / counts[counts > 0])
-
-
-def _sums(advantages: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]) -> Float64[np.ndarray, " B"]:
-    """Of the tokens of each response."""
-    return np.asarray(np.where(mask, advantages, advantages.dtype.type(0)).sum(axis=1, dtype=np.float64))
+    return Moments.of(row_sums(advantages, mask)[counts > 0] / counts[counts > 0])
 
 
 @gathered_by(moments_of)
@@ -93,7 +88,7 @@ def whiten(
         scaled -= moments.mean
         scaled /= scale
         scaled += 0.0 if center else moments.mean
-        whitened[lot] = np.where(mask[lot], scaled, 0.0)
+        np.copyto(whitened[lot], scaled, where=mask[lot], casting="same_kind")
     return whitened
 
 
