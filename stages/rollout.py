@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -23,6 +24,7 @@ from pipeline.engines import (
     Engine,
     EngineOptions,
     Memory,
+    Request,
     Sampling,
     check_beams,
     open_engine,
@@ -229,6 +231,8 @@ class Shard(NamedTuple):
 
     part: int
     asked: Sequence[Asked]
+    after: "Shard | None" = None
+    """What comes next: the engine may begin with it while it samples the last responses of this one."""
 
 
 class Sampled(NamedTuple):
@@ -278,9 +282,9 @@ class Sampler:
         Groups that the journal has are taken from it; the others are added to it as they are finished.
         """
         about = {**self.engine.describe(), **self.chat.metadata(), **self.about}
-        kept = NOWHERE if self.journals is None else journal_of(self.journals, shard.part)
-        with Journal(kept, under=about) as journal:
-            table, tokens = self._rows(shard.asked, journal)
+        then = None if shard.after is None else _request(shard.after.asked, self._kept(shard.after, about))
+        with Journal(self._journal(shard), under=about) as journal:
+            table, tokens = self._rows(shard.asked, journal, then)
         return Sampled(table.replace_schema_metadata({**(table.schema.metadata or {}), **about}), tokens)
 
     def rest(self) -> None:
@@ -288,14 +292,20 @@ class Sampler:
         if "engine" in vars(self) and not self.engine.closed:
             self.memory = self.engine.sleep()
 
-    def _rows(self, asked: Sequence[Asked], journal: Journal) -> Sampled:
-        places = {one.prompt_id: place for place, one in enumerate(asked)}
-        groups = {
-            places[prompt_id]: [Completion(places[prompt_id], *fields) for fields in group]
-            for prompt_id, group in journal.entries()
-        }
+    def _journal(self, shard: Shard) -> Path:
+        return NOWHERE if self.journals is None else journal_of(self.journals, shard.part)
+
+    def _kept(self, shard: Shard, about: Mapping[str, str]) -> Collection[int]:
+        """Places of the groups that a journal has, if there is one."""
+        if not (file := self._journal(shard)).exists():
+            return ()
+        with Journal(file, under=about) as journal:
+            return _groups(shard.asked, journal).keys()
+
+    def _rows(self, asked: Sequence[Asked], journal: Journal, then: Request | None) -> Sampled:
+        groups = _groups(asked, journal)
         try:
-            new = dict(self._sampled(asked, journal, frozenset(groups)))
+            new = dict(self._sampled(asked, journal, groups.keys(), then))
         except BaseException:
             self.engine.close()  # it may be in the middle of a request: the next try builds another
             raise
@@ -305,9 +315,10 @@ class Sampler:
         return Sampled(pa.Table.from_pylist(rows, schema=ROLLOUTS.schema(rows[0])), tokens)
 
     def _sampled(
-        self, asked: Sequence[Asked], journal: Journal, done: Collection[int]
+        self, asked: Sequence[Asked], journal: Journal, done: Collection[int], then: Request | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        completions = self.engine.generate([one.tokens for one in asked], [one.seed for one in asked], self.plan, done)
+        prompts, seeds, done = _request(asked, done)
+        completions = self.engine.generate(prompts, seeds, self.plan, done, then)
         for place, group in whole_groups(asked, completions, self.plan, done):
             fields = [[one.sample, one.tokens, one.logprobs, one.finish, one.seed] for one in group]
             journal.add([asked[place].prompt_id, fields])
@@ -317,6 +328,19 @@ class Sampler:
 def journal_of(folder: Path, index: int) -> Path:
     """Where finished groups of a part are kept until the part is written."""
     return folder / f"groups-{index:05d}.jsonl"
+
+
+def _request(asked: Sequence[Asked], done: Collection[int]) -> Request:
+    return Request([one.tokens for one in asked], [one.seed for one in asked], frozenset(done))
+
+
+def _groups(asked: Sequence[Asked], journal: Journal) -> dict[int, list[Completion]]:
+    """What a journal has: place of a prompt -> its responses."""
+    places = {one.prompt_id: place for place, one in enumerate(asked)}
+    return {
+        places[prompt_id]: [Completion(places[prompt_id], *fields) for fields in group]
+        for prompt_id, group in journal.entries()
+    }
 
 
 def _row(asked: Asked, completion: Completion, chat: Chat) -> dict[str, Any]:
@@ -357,9 +381,9 @@ def rollout(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     missing, new, started = list(out.shards(len(parts))), 0, time.monotonic()
 
     def left() -> Iterator[Shard]:
-        for index in missing:
+        for index, following in zip_longest(missing, missing[1:]):
             console.progress(f"sampling part {index + 1}/{len(parts)}")
-            yield Shard(index, parts[index])
+            yield Shard(index, parts[index], None if following is None else Shard(following, parts[following]))
 
     for index, made in zip(missing, spread(sampler, left(), sampler.cut, [inputs.policy.path]), strict=True):
         out.write(index, _dated(pa.concat_tables([one.table for one in made]), settings.staleness))

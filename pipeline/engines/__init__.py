@@ -114,6 +114,14 @@ class Completion:
     """Of this response: its prompt's seed plus `sample`, and the prompt's seed itself for what is not drawn."""
 
 
+class Request(NamedTuple):
+    """What a `generate` is asked for, but for how to sample."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    done: Collection[int] = ()
+
+
 class Memory(NamedTuple):
     """Memory in use on an engine's devices, all of them together and by anybody. [GB]"""
 
@@ -138,12 +146,20 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        plan: Sampling,
+        done: Collection[int] = (),
+        then: Request | None = None,
     ) -> Iterator[Completion]:
         """Yield every response of every group, in the order in which they are finished.
 
         Groups of prompts in `done` are there from an earlier call with the same request, and are not yielded. On a CPU
         the others are, bit for bit, what that call would have gone on with.
+
+        `then` is what the next call will ask for, under the same plan: an engine may begin with it. It yields nothing
+        of that, and changes nothing but how long the next call takes.
         """
         ...
 

@@ -20,6 +20,7 @@ from pipeline.engines import (
     GREEDY,
     Completion,
     EngineOptions,
+    Request,
     Sampling,
     check_request,
     ensure_open,
@@ -56,7 +57,12 @@ class ScriptedEngine:
                 self._script = _written(script) if script.exists() else None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        plan: Sampling,
+        done: Collection[int] = (),
+        then: Request | None = None,
     ) -> Iterator[Completion]:
         """Yield the groups in the order of the prompts."""
         ensure_open(self)

@@ -23,6 +23,7 @@ from pipeline.engines import (
     GREEDY,
     Completion,
     EngineOptions,
+    Request,
     Sampling,
     check_request,
     ensure_open,
@@ -54,7 +55,12 @@ class TransformersEngine:
             self._model = model.to(self.device)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        plan: Sampling,
+        done: Collection[int] = (),
+        then: Request | None = None,
     ) -> Iterator[Completion]:
         """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time.
 

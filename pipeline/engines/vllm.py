@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ from pipeline.engines import (
     Completion,
     EngineOptions,
     Memory,
+    Request,
     Sampling,
     check_request,
     ensure_open,
@@ -94,6 +96,18 @@ Wanted = Mapping[int, tuple[Sequence[int], int]]
 """Index of a prompt -> its tokens and its seed."""
 
 
+@dataclass
+class _Batch:
+    """What one `generate` has queued."""
+
+    wanted: Wanted
+    plan: Sampling
+    waiting: dict[str, tuple[int, int]]
+    """Id of a request whose output was not handed on -> what was noted for it."""
+    finished: list[Any] = field(default_factory=list)
+    """Outputs that are there, and were not handed on."""
+
+
 class VllmEngine:
     """One `vllm.LLM`, fed with token ids and stepped here, so that there is a clock between the steps.
 
@@ -107,6 +121,7 @@ class VllmEngine:
         self.closed = False
         self._llm: Any = None
         self._asleep = False
+        self._ahead: _Batch | None = None
         self._checkpoint = Path()
         self._layout: dict[str, Any] = {}
 
@@ -117,6 +132,7 @@ class VllmEngine:
         anew, by vLLM's own reading of the checkpoint.
         """
         ensure_open(self)
+        self._abandon_ahead()
         self._ensure_idle()
         with fatal(self, "loading the checkpoint", checkpoint):
             layout = _layout(checkpoint)
@@ -136,19 +152,31 @@ class VllmEngine:
             self._checkpoint, self._layout = checkpoint, layout
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        plan: Sampling,
+        done: Collection[int] = (),
+        then: Request | None = None,
     ) -> Iterator[Completion]:
         """Submit everything that is not done at once and yield each group when its last response is finished.
 
-        `timeout` is looked at between steps; a step that never returns can only be ended from outside the process.
+        What is asked `then` waits behind it, so that places that become free while the longest responses are sampled
+        are taken. `timeout` is looked at between steps; a step that never returns can only be ended from outside the
+        process.
         """
         ensure_open(self)
         if self._asleep:
             self.load(self._checkpoint)
         config = self._llm.model_config
-        check_request(prompts, seeds, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len)
-        wanted = {index: (prompts[index], seeds[index]) for index in range(len(prompts)) if index not in done}
-        return self._stream(wanted, plan)
+        following = Request([], []) if then is None else then
+        for one in (own := Request(prompts, seeds, done), following):
+            check_request(
+                one.prompts, one.seeds, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len
+            )
+        if plan.beams is not None:
+            return self._search(_left(own), plan)
+        return self._stream(_left(own), plan, _left(following))
 
     def describe(self) -> dict[str, str]:
         """Engine, version, dtype of the arithmetic, log-probability mode."""
@@ -163,6 +191,7 @@ class VllmEngine:
     def sleep(self) -> Memory | None:
         """Free the GPU's weights and cache; on a CPU there is little to free, and vLLM cannot."""
         ensure_open(self)
+        self._abandon_ahead()
         if not ON_GPU or self._llm is None or self._asleep:
             return None
         with fatal(self, "going to sleep"), _quiet():
@@ -182,7 +211,17 @@ class VllmEngine:
         if self._llm is not None and self._llm.llm_engine.has_unfinished_requests():
             raise EngineError("this engine is still generating", do="read or close the earlier generate first")
 
+    def _abandon_ahead(self) -> None:
+        if self._ahead is not None:
+            self._abandon(self._ahead)
+            self._ahead = None
+
+    def _abandon(self, batch: _Batch) -> None:
+        if batch.waiting and not self.closed:
+            self._llm.llm_engine.abort_request(list(batch.waiting))
+
     def _drop(self) -> None:
+        self._ahead = None
         if self._llm is not None:
             with _quiet():
                 self._llm.llm_engine.engine_core.shutdown()
@@ -253,46 +292,60 @@ class VllmEngine:
         with _quiet(), Tensors(checkpoint) as tensors:
             return str(self._llm.apply_model(lambda model: _first_difference(model, tensors))[0])
 
-    def _stream(self, wanted: Wanted, plan: Sampling) -> Iterator[Completion]:
+    def _stream(self, wanted: Wanted, plan: Sampling, following: Wanted) -> Iterator[Completion]:
         ensure_open(self)
-        self._ensure_idle()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (ahead.wanted, ahead.plan) != (wanted, plan):
+            self._abandon(ahead)
+            ahead = None
+        if ahead is None:
+            self._ensure_idle()
         deadline = time.monotonic() + self.options.timeout
-        if plan.beams is not None:
-            yield from self._search(wanted, plan, deadline)
-            return
         with fatal(self, "submitting the prompts"), _quiet():
-            waiting = self._submit(wanted, plan)
-        for (index, first), output in self._outputs(waiting, deadline):
+            batch = ahead or self._submit(wanted, plan)
+            if following:
+                self._ahead = self._submit(following, plan)
+        for (index, first), output in self._outputs(batch, deadline):
             with fatal(self, "sampling"):
                 finished = list(_completions(output, index, first, wanted[index][1]))
             yield from finished
 
-    def _outputs(self, waiting: dict[str, tuple[int, int]], deadline: float) -> Iterator[tuple[tuple[int, int], Any]]:
-        """Step until everything in `waiting` is finished; yield what was noted for a request, and its output."""
-        engine = self._llm.llm_engine
+    def _outputs(self, batch: _Batch, deadline: float) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Step until everything in the batch is finished; yield what was noted for a request, and its output."""
         try:
-            while engine.has_unfinished_requests():
-                with fatal(self, "sampling"), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    outputs = engine.step()
-                    if time.monotonic() > deadline:
-                        raise EngineError(
-                            f"sampling took longer than {self.options.timeout} s, {len(waiting)} requests unfinished",
-                            do="raise timeout, or sample fewer prompts at once",
-                        )
-                    finished = [(waiting.pop(output.request_id), output) for output in outputs]
-                    if waiting and not engine.has_unfinished_requests():
-                        raise EngineError(f"vLLM lost {len(waiting)} requests")
-                yield from finished
+            while batch.waiting:
+                if not batch.finished:
+                    self._step(batch, deadline)
+                finished, batch.finished = batch.finished, []
+                yield from [(batch.waiting.pop(output.request_id), output) for output in finished]
         finally:
-            if waiting and not self.closed:
-                engine.abort_request(list(waiting))
+            if batch.waiting:
+                self._abandon(batch)
+                self._abandon_ahead()
 
-    def _search(self, wanted: Wanted, plan: Sampling, deadline: float) -> Iterator[Completion]:
+    def _step(self, batch: _Batch, deadline: float) -> None:
+        engine = self._llm.llm_engine
+        with fatal(self, "sampling"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs = engine.step()
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"sampling took longer than {self.options.timeout} s, {len(batch.waiting)} requests unfinished",
+                    do="raise timeout, or sample fewer prompts at once",
+                )
+            for one in filter(None, (batch, self._ahead)):
+                one.finished += [output for output in outputs if output.request_id in one.waiting]
+            if len(batch.finished) < len(batch.waiting) and not engine.has_unfinished_requests():
+                raise EngineError(f"vLLM lost {len(batch.waiting) - len(batch.finished)} requests")
+
+    def _search(self, wanted: Wanted, plan: Sampling) -> Iterator[Completion]:
         """Ask for one token after each growing beam, round after round; the prefix cache knows what stands before it.
 
         vLLM's own `beam_search` knows one end token, and needs the tokenizer to know that.
         """
+        ensure_open(self)
+        self._ensure_idle()
+        deadline = time.monotonic() + self.options.timeout
         vocabulary = self._llm.model_config.get_vocab_size()
         ask = SamplingParams(
             temperature=0.0, max_tokens=1, logprobs=min(BeamSearch.choices(plan), vocabulary), ignore_eos=True,
@@ -306,7 +359,7 @@ class VllmEngine:
                     for row, search in enumerate(searches)
                     for place, beam in enumerate(search.growing)
                 }
-            outputs = dict(self._outputs(waiting, deadline))
+            outputs = dict(self._outputs(_Batch(wanted, plan, waiting), deadline))
             over = []
             with fatal(self, "searching"):
                 for row, search in enumerate(searches):
@@ -315,8 +368,8 @@ class VllmEngine:
             searches = [search for search in searches if search.growing]
             yield from over
 
-    def _submit(self, wanted: Wanted, plan: Sampling) -> dict[str, tuple[int, int]]:
-        """Queue everything; return request id -> (prompt index, first sample)."""
+    def _submit(self, wanted: Wanted, plan: Sampling) -> _Batch:
+        """Queue everything; noted for a request are the index of its prompt and its first sample."""
         common: dict[str, Any] = {
             "max_tokens": plan.max_tokens,
             "stop_token_ids": list(plan.stop_ids),
@@ -341,12 +394,18 @@ class VllmEngine:
                     **common,
                 )
                 waiting[self._add(request, parameters)] = (index, 0)
-        return waiting
+        return _Batch(wanted, plan, waiting)
 
     def _add(self, request: dict[str, Any], parameters: Any) -> str:
         name = str(next(self._llm.request_counter))
         self._llm.llm_engine.add_request(name, request, parameters)
         return name
+
+
+def _left(request: Request) -> Wanted:
+    """What is not done."""
+    asked = enumerate(zip(request.prompts, request.seeds, strict=True))
+    return {index: (prompt, seed) for index, (prompt, seed) in asked if index not in request.done}
 
 
 def _tell(state: str, before: float, after: float) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import engines
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS
-from pipeline.engines import Completion, Memory, Sampling
+from pipeline.engines import Completion, Memory, Request, Sampling
 from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
@@ -330,9 +330,9 @@ def test_only_what_is_missing_is_sampled_again(prompts, policy, sampling, tmp_pa
     disk.undo()
     generate, asked, told = TransformersEngine.generate, [], []
 
-    def watched(engine, requests, seeds, plan, done=()):
+    def watched(engine, requests, seeds, plan, done, then):
         asked.append((len(requests), len(done)))
-        for completion in generate(engine, requests, seeds, plan, done):
+        for completion in generate(engine, requests, seeds, plan, done, then):
             told.append(completion)
             yield completion
 
@@ -342,6 +342,29 @@ def test_only_what_is_missing_is_sampled_again(prompts, policy, sampling, tmp_pa
     assert len(told) == 40
     assert made.manifest.digest == whole.manifest.digest
     assert numbers(made)["speed/tokens_per_second", 0] > 0
+
+
+def test_an_engine_is_told_what_of_the_next_part_is_missing(
+    rollouts, prompts, policy, sampling, tmp_path, full_disk, monkeypatch
+):
+    out, inputs = tmp_path / "rollouts", {"prompts": prompts.path, "policy": policy.path}
+    disk = full_disk(7)
+    with pytest.raises(StorageError):
+        rollout.run(out, sampling(), **inputs)
+    disk.undo()
+    (scratch_of(out) / "part-00000.parquet").unlink()
+    generate, asked = TransformersEngine.generate, []
+
+    def watched(engine, requests, seeds, plan, done, then):
+        asked.append((Request(requests, seeds, done), then))
+        return generate(engine, requests, seeds, plan, done, then)
+
+    monkeypatch.setattr(TransformersEngine, "generate", watched)
+    made = rollout.run(out, sampling(), **inputs)
+    assert made.manifest.digest == rollouts.manifest.digest
+    requests = [request for request, _ in asked]
+    assert [then for _, then in asked] == [*requests[1:], None]
+    assert [(len(one.prompts), len(one.done)) for one in requests] == [(5, 0), (5, 2), (2, 0)]
 
 
 def test_groups_kept_under_another_engine_are_sampled_again(prompts, policy, sampling, tmp_path, full_disk, rollouts):

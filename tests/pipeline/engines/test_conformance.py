@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.engines import ENGINES, GREEDY, EngineOptions, Sampling, open_engine
+from pipeline.engines import ENGINES, GREEDY, EngineOptions, Request, Sampling, open_engine
 from pipeline.errors import EngineError, ExperimentError
 from pipeline.models.checkpoint import load_policy
 from pipeline.models.forward import response_logprobs
@@ -80,6 +80,20 @@ def test_what_is_done_is_not_sampled_again_and_the_rest_is_what_it_would_have_be
     whole = sample(engine)
     rest = {(c.prompt, c.sample): c for c in engine.generate(PROMPTS, SEEDS, PLAN, done)}
     assert rest == {key: c for key, c in whole.items() if key[0] not in done}
+
+
+@pytest.mark.parametrize("longest", [12, 100])
+def test_what_is_asked_next_may_be_begun_and_changes_nothing(engine, longest):
+    """Nor does it where something else is asked then."""
+    plan = PLAN.model_copy(update={"max_tokens": longest})
+    first, second = Request(PROMPTS[:2], SEEDS[:2]), Request(PROMPTS[2:], SEEDS[2:], {1})
+
+    def found(one, then=None):
+        return {(c.prompt, c.sample): c for c in engine.generate(one.prompts, one.seeds, plan, one.done, then)}
+
+    alone = found(first), found(second)
+    for then in (second, second._replace(done=()), second._replace(seeds=[1, 2])):
+        assert (found(first, then), found(second)) == alone
 
 
 def test_what_is_done_is_not_searched_again(model_engine):

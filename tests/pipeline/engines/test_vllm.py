@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import engines
-from pipeline.engines import Memory, Sampling
+from pipeline.engines import Memory, Request, Sampling
 from pipeline.engines.vllm import CPU_BATCH_TOKENS, _completions
 from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
@@ -144,6 +144,60 @@ def test_two_readers_at_once_are_refused_and_the_first_goes_on(loaded, checkpoin
     with pytest.raises(EngineError, match="still generating"):
         engine.load(checkpoints["untied_b"])
     assert len([first, *reading]) == 4
+
+
+LONG, SHORT = Request([[5, 6], [7]], [0, 1]), Request([[8], [9, 10]], [20, 21])
+UNEVEN = Sampling(group_size=2, max_tokens=200, stop_ids=(1,))
+
+
+def sampled(engine, one, then=None):
+    return {(c.prompt, c.sample): c for c in engine.generate(one.prompts, one.seeds, UNEVEN, one.done, then)}
+
+
+@pytest.fixture
+def steps(loaded, monkeypatch):
+    """One entry for each step that the engine takes."""
+    engine, taken = loaded("vllm"), []
+    step = engine._llm.llm_engine.step
+    monkeypatch.setattr(engine._llm.llm_engine, "step", lambda: taken.append(1) or step())
+    return taken
+
+
+def test_what_is_asked_next_takes_the_places_that_become_free(loaded, steps):
+    engine = loaded("vllm")
+    apart = [sampled(engine, one) for one in (LONG, SHORT)]
+    taken = len(steps)
+    assert [sampled(engine, LONG, SHORT), sampled(engine, SHORT)] == apart
+    longest = max(len(c.tokens) for some in apart for c in some.values())
+    assert len(steps) - taken <= longest + 2 < taken
+
+
+@pytest.mark.parametrize("end", ["load", "sleep", "close the reader", "ask for something else"])
+def test_what_was_begun_and_is_not_asked_for_is_dropped(loaded, checkpoints, end):
+    engine = loaded("vllm")
+    expected = sampled(loaded("vllm", "untied_b"), SHORT)
+    engine.load(checkpoints["untied_a"])
+    reading = engine.generate(LONG.prompts, LONG.seeds, UNEVEN, then=SHORT)
+    if end == "close the reader":
+        next(reading)
+        reading.close()
+    else:
+        list(reading)
+        assert engine._ahead is not None
+    if end == "sleep":
+        engine.sleep()
+    elif end == "ask for something else":
+        assert len(list(engine.generate([[5]], [0], PLAN))) == 2
+    engine.load(checkpoints["untied_b"])
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert sampled(engine, SHORT) == expected  # of these weights, not of those before
+
+
+def test_what_is_asked_next_is_refused_before_anything_is_sampled(loaded):
+    engine = loaded("vllm")
+    with pytest.raises(EngineError, match="outside the vocabulary"):
+        engine.generate(LONG.prompts, LONG.seeds, UNEVEN, then=Request([[10**6]], [0]))
+    assert len(sampled(engine, LONG)) == 4
 
 
 def test_the_process_is_left_as_it_was(build, checkpoints, capfd):
