@@ -35,8 +35,6 @@ GATED = 4
 product."""
 RECOMPUTED = FLOAT
 """Bytes per token, layer and unit of w that stay where activations are recomputed: each layer's input."""
-PART = 256
-"""Prompts that an engine is asked at a time where nobody cuts them smaller (`shard` of stage `rollout`)."""
 READ = 512
 """Responses that a worker reads at a time (`SHARD` of stage `score`)."""
 
@@ -323,9 +321,14 @@ def starting(stage: str, launcher: str) -> float:
 
 
 def shards(work: Work, sampler: Sampler, launcher: str) -> tuple[int, int]:
-    """How often engines are asked in all, and responses each time: whole groups that fill an engine once under ray."""
-    prompts = -(-sampler.at_once // work.group) if launcher == "ray" else PART
-    size = min(prompts * work.group, work.responses)
+    """How often engines are asked in all, and responses each time.
+
+    Under ray whole groups that fill an engine once; elsewhere all of them: an engine begins a part of the dataset while
+    it ends the one before.
+    """
+    if launcher != "ray":
+        return 1, work.responses
+    size = min(-(-sampler.at_once // work.group) * work.group, work.responses)
     return -(-work.responses // size), size
 
 
