@@ -165,8 +165,8 @@ def test_one_works_another_waits_and_a_stage_killed_alone_is_told_by_its_signal(
 def note_of(bench: Bench, root: str, stage: str) -> dict[str, object]:
     """Who makes a stage's artifact, as soon as somebody does."""
     for _ in range(6000):
-        for note in (bench.folder / root / "small").rglob(f".part-{stage}-*/working/holder.json"):
-            with suppress(OSError, ValueError):  # it comes and goes
+        with suppress(OSError, ValueError):  # notes come and go, and so do directories
+            for note in (bench.folder / root / "small").rglob(f".part-{stage}-*/working/holder.json"):
                 told: dict[str, object] = json.loads(note.read_text())
                 return told
         time.sleep(0.01)
