@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +54,8 @@ from pipeline.storage import MANIFEST, SCRATCH
 METRICS_FILE, LOG_FILE = "metrics.parquet", "log.txt"
 PRUNED = "PRUNED"
 """Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
+SMALL = 2**18
+"""Bytes of a Parquet file that is kept in memory once it was read: of a few thousand short responses."""
 MANY = 10_000
 """Rows of a Parquet file from which on several threads are worth their start."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
@@ -185,7 +187,7 @@ class Artifact:
         """Read the files one after the other. Raises `ArtifactError` for a file that is gone or unreadable."""
         for path in self.part_paths():
             try:
-                yield read_part(path, columns)
+                yield _part_again(path, columns)
             except (OSError, pa.ArrowInvalid) as error:
                 raise ArtifactError(f"unreadable part: {error}", str(path), "delete the artifact and re-run") from error
 
@@ -251,9 +253,27 @@ class Artifact:
 def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, in half of `read_table`'s time where it is small; that has more to prepare."""
     with pq.ParquetFile(path) as file:
-        if missing := set(columns or ()) - set(file.schema_arrow.names):
-            raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
+        _refuse_missing(columns, file.schema_arrow.names)
         return file.read(columns, use_threads=file.metadata.num_rows >= MANY)
+
+
+def _part_again(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """A part of a table, which several stages read; a small one that is what it was is read once, whole."""
+    if path.stat().st_size > SMALL:
+        return read_part(path, columns)
+    whole = _small_part(path, identity(path))
+    _refuse_missing(columns, whole.column_names)
+    return whole if columns is None else whole.select(columns)
+
+
+@lru_cache(maxsize=16)
+def _small_part(path: Path, _: "FileIdentity") -> pa.Table:
+    return read_part(path)
+
+
+def _refuse_missing(wanted: Sequence[str] | None, names: Sequence[str]) -> None:
+    if missing := set(wanted or ()) - set(names):
+        raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
 
 
 def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
@@ -451,7 +471,7 @@ class Outbox:
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
         for path in sorted(self.path.glob("part-*.parquet")):
-            yield read_part(path, columns)
+            yield _part_again(path, columns)
 
     def say(self, text: str) -> None:
         """Keep a line in log.txt and show it."""

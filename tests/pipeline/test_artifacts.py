@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import artifacts
 from pipeline.artifacts import (
     Artifact,
     InputRecord,
@@ -266,6 +267,28 @@ def test_a_part_that_is_gone_is_refused(tmp_path):
     (made.path / "part-00000.parquet").unlink()
     with pytest.raises(ArtifactError, match="unreadable part"):
         Artifact.open(made.path).table()
+
+
+def test_a_small_part_is_read_once_while_it_is_what_it_was(tmp_path, monkeypatch):
+    read, files = artifacts.read_part, []
+    monkeypatch.setattr(
+        artifacts, "read_part", lambda path, columns=None: files.append(path.name) or read(path, columns)
+    )
+    made, large = make(tmp_path / "docs"), "".join(map(chr, range(0xE000, 0x3FFFF)))
+    for columns in (None, ["text"], ["source", "text"], ["text", "document_id"]):
+        found = made.table(columns)
+        assert found == part("a", "b", "c").select(columns or found.column_names)
+    assert files == ["part-00000.parquet", "part-00001.parquet"]
+    with pytest.raises(ArtifactError, match="no column words"):
+        made.table(["words"])
+    other = make(tmp_path / "other", part("a", text="other words"), fingerprint="cd" * 32)
+    shutil.copy(other.part_paths()[0], made.part_paths()[0])  # in its place, and of its time
+    os.utime(made.part_paths()[0], ns=(0, 0))
+    assert made.table(["text"])["text"].to_pylist() == ["other words", "t"]
+    wide = make(tmp_path / "wide", part("a", text=large), fingerprint="ef" * 32)
+    files.clear()
+    assert [wide.table(["text"])["text"].to_pylist() for _ in range(2)] == [[large]] * 2
+    assert len(files) == 2
 
 
 def test_a_file_is_the_same_where_its_directory_is_moved_and_another_once_it_is_written_to(tmp_path):
