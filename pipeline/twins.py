@@ -15,7 +15,8 @@ _AS_IT_IS = {type(None), bool, int, float, str}
 def twin(model: Model, tensors: Mapping[int, Tensor]) -> Model:
     """A copy of a model with `tensors[id(of)]` in place of each of its tensors `of`; what is not named is copied.
 
-    Each module has a dozen dictionaries of hooks, nearly always empty, which `deepcopy` takes apart to build others.
+    Each module has a dozen dictionaries of hooks, nearly always empty, which `deepcopy` takes apart to build others. A
+    dictionary that two modules share becomes two.
     """
     modules = list(model.modules())
     made = [cast("Model", module.__new__(type(module))) for module in modules]
