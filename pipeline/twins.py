@@ -34,4 +34,4 @@ def _copied(value: Any, known: dict[int, Any]) -> Any:
         return {name: _copied(of, known) for name, of in value.items()}
     if kind is OrderedDict and not value:
         return OrderedDict()
-    return known[id(value)] if id(value) in known else copy.deepcopy(value, known)
+    return copy.deepcopy(value, known)

@@ -317,8 +317,7 @@ class Sampler:
     def _sampled(
         self, asked: Sequence[Asked], journal: Journal, done: Collection[int], then: Request | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        prompts, seeds, done = _request(asked, done)
-        completions = self.engine.generate(prompts, seeds, self.plan, done, then)
+        completions = self.engine.generate(_request(asked, done), self.plan, then)
         for place, group in whole_groups(asked, completions, self.plan, done):
             fields = [[one.sample, one.tokens, one.logprobs, one.finish, one.seed] for one in group]
             journal.add([asked[place].prompt_id, fields])

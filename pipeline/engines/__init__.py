@@ -115,11 +115,14 @@ class Completion:
 
 
 class Request(NamedTuple):
-    """What a `generate` is asked for, but for how to sample."""
+    """Prompts to be answered by a group of responses each."""
 
     prompts: Sequence[Sequence[int]]
+    """Token ids."""
     seeds: Sequence[int]
+    """One per prompt."""
     done: Collection[int] = ()
+    """Indices of the prompts whose groups are there."""
 
 
 class Memory(NamedTuple):
@@ -145,18 +148,11 @@ class Engine(Protocol):
         """Sample from these weights from now on."""
         ...
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        plan: Sampling,
-        done: Collection[int] = (),
-        then: Request | None = None,
-    ) -> Iterator[Completion]:
+    def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Yield every response of every group, in the order in which they are finished.
 
-        Groups of prompts in `done` are there from an earlier call with the same request, and are not yielded. On a CPU
-        the others are, bit for bit, what that call would have gone on with.
+        Groups of prompts that are `done` are there from an earlier call with the same request, and are not yielded. On
+        a CPU the others are, bit for bit, what that call would have gone on with.
 
         `then` is what the next call will ask for, under the same plan: an engine may begin with it. It yields nothing
         of that, and changes nothing but how long the next call takes.
@@ -216,14 +212,7 @@ def response_seed(seed: int, sample: int) -> int:
     return seed + max(sample, 0)
 
 
-def check_request(
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    plan: Sampling,
-    *,
-    vocab_size: int,
-    max_model_len: int,
-) -> None:
+def check_request(request: Request, plan: Sampling, *, vocab_size: int, max_model_len: int) -> None:
     """Raise `EngineError`, naming the index, for the first prompt or seed that no engine could serve.
 
     Engines cut a response that does not fit, or refuse the whole batch half-way; here the request is refused whole.
@@ -232,6 +221,7 @@ def check_request(
         raise EngineError(
             f"{plan.beams} beams are more than the vocabulary's {vocab_size} tokens", do="search with fewer beams"
         )
+    prompts, seeds, _ = request
     if len(prompts) != len(seeds):
         raise EngineError(f"{len(prompts)} prompts but {len(seeds)} seeds", do="hand over one seed per prompt")
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):

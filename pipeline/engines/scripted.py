@@ -12,7 +12,7 @@ It has no distribution to search, so it refuses beams.
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -56,23 +56,17 @@ class ScriptedEngine:
             if self._told is None:
                 self._script = _written(script) if script.exists() else None
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        plan: Sampling,
-        done: Collection[int] = (),
-        then: Request | None = None,
-    ) -> Iterator[Completion]:
+    def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Yield the groups in the order of the prompts."""
         ensure_open(self)
-        check_request(prompts, seeds, plan, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
+        check_request(request, plan, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
         if plan.beams is not None:
             raise EngineError(
                 "the scripted engine cannot search with beams: its responses have no probabilities",
                 do="name another engine (resources.engine), or leave beams out",
             )
-        return self._say([(i, prompts[i], seeds[i]) for i in range(len(prompts)) if i not in done], plan)
+        asked = enumerate(zip(request.prompts, request.seeds, strict=True))
+        return self._say([(i, prompt, seed) for i, (prompt, seed) in asked if i not in request.done], plan)
 
     def describe(self) -> dict[str, str]:
         """No arithmetic, so no dtype."""

@@ -6,7 +6,7 @@ Beams are searched as `beams.py` says.
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,7 @@ class TransformersEngine:
                 raise EngineError(f"no tensor for {sorted(missing)}", where=str(checkpoint))
             self._model = model.to(self.device)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        plan: Sampling,
-        done: Collection[int] = (),
-        then: Request | None = None,
-    ) -> Iterator[Completion]:
+    def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time.
 
         A batch of which some prompts are done is sampled whole all the same: the last digits of a row depend on how
@@ -70,8 +63,8 @@ class TransformersEngine:
         ensure_open(self)
         config = self._model.config
         limit = self.options.max_model_len or config.max_position_embeddings
-        check_request(prompts, seeds, plan, vocab_size=config.vocab_size, max_model_len=limit)
-        return self._batches(prompts, seeds, plan, done)
+        check_request(request, plan, vocab_size=config.vocab_size, max_model_len=limit)
+        return self._batches(request, plan)
 
     def describe(self) -> dict[str, str]:
         """Engine, version, dtype of the arithmetic, log-probability mode."""
@@ -94,9 +87,8 @@ class TransformersEngine:
         self.closed = True
         self._model = None
 
-    def _batches(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], plan: Sampling, done: Collection[int]
-    ) -> Iterator[Completion]:
+    def _batches(self, request: Request, plan: Sampling) -> Iterator[Completion]:
+        prompts, seeds, done = request
         self._model.to(self.device)
         deadline = time.monotonic() + self.options.timeout
         groups = max(1, self.options.max_num_seqs // (plan.beams or len(plan.samples)))

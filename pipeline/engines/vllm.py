@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -121,6 +121,7 @@ class VllmEngine:
         self.closed = False
         self._llm: Any = None
         self._asleep = False
+        self._reading = False
         self._ahead: _Batch | None = None
         self._checkpoint = Path()
         self._layout: dict[str, Any] = {}
@@ -151,14 +152,7 @@ class VllmEngine:
                     raise EngineError(f"the engine does not compute with the checkpoint's weights: {stale}")
             self._checkpoint, self._layout = checkpoint, layout
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        plan: Sampling,
-        done: Collection[int] = (),
-        then: Request | None = None,
-    ) -> Iterator[Completion]:
+    def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Submit everything that is not done at once and yield each group when its last response is finished.
 
         What is asked `then` waits behind it, so that places that become free while the longest responses are sampled
@@ -170,13 +164,9 @@ class VllmEngine:
             self.load(self._checkpoint)
         config = self._llm.model_config
         following = Request([], []) if then is None else then
-        for one in (own := Request(prompts, seeds, done), following):
-            check_request(
-                one.prompts, one.seeds, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len
-            )
-        if plan.beams is not None:
-            return self._search(_left(own), plan)
-        return self._stream(_left(own), plan, _left(following))
+        for one in (request, following):
+            check_request(one, plan, vocab_size=config.get_vocab_size(), max_model_len=config.max_model_len)
+        return self._stream(_left(request), plan, _left(following))
 
     def describe(self) -> dict[str, str]:
         """Engine, version, dtype of the arithmetic, log-probability mode."""
@@ -208,7 +198,7 @@ class VllmEngine:
         self._drop()
 
     def _ensure_idle(self) -> None:
-        if self._llm is not None and self._llm.llm_engine.has_unfinished_requests():
+        if self._reading:
             raise EngineError("this engine is still generating", do="read or close the earlier generate first")
 
     def _abandon_ahead(self) -> None:
@@ -294,21 +284,31 @@ class VllmEngine:
 
     def _stream(self, wanted: Wanted, plan: Sampling, following: Wanted) -> Iterator[Completion]:
         ensure_open(self)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and (ahead.wanted, ahead.plan) != (wanted, plan):
-            self._abandon(ahead)
-            ahead = None
-        if ahead is None:
-            self._ensure_idle()
+        self._ensure_idle()
         deadline = time.monotonic() + self.options.timeout
-        with fatal(self, "submitting the prompts"), _quiet():
-            batch = ahead or self._submit(wanted, plan)
-            if following:
-                self._ahead = self._submit(following, plan)
-        for (index, first), output in self._outputs(batch, deadline):
-            with fatal(self, "sampling"):
-                finished = list(_completions(output, index, first, wanted[index][1]))
-            yield from finished
+        self._reading = True
+        try:
+            begun = self._taken_up(wanted, plan)
+            if plan.beams is not None:
+                yield from self._search(wanted, plan, deadline)
+                return
+            with fatal(self, "submitting the prompts"), _quiet():
+                batch = begun or self._submit(wanted, plan)
+                if following:
+                    self._ahead = self._submit(following, plan)
+            for (index, first), output in self._outputs(batch, deadline):
+                with fatal(self, "sampling"):
+                    finished = list(_completions(output, index, first, wanted[index][1]))
+                yield from finished
+        finally:
+            self._reading = False
+
+    def _taken_up(self, wanted: Wanted, plan: Sampling) -> _Batch | None:
+        """What was begun ahead, if it is this; dropped if it is something else."""
+        if self._ahead is not None and (self._ahead.wanted, self._ahead.plan) != (wanted, plan):
+            self._abandon_ahead()
+        ahead, self._ahead = self._ahead, None
+        return ahead
 
     def _outputs(self, batch: _Batch, deadline: float) -> Iterator[tuple[tuple[int, int], Any]]:
         """Step until everything in the batch is finished; yield what was noted for a request, and its output."""
@@ -338,14 +338,11 @@ class VllmEngine:
             if len(batch.finished) < len(batch.waiting) and not engine.has_unfinished_requests():
                 raise EngineError(f"vLLM lost {len(batch.waiting) - len(batch.finished)} requests")
 
-    def _search(self, wanted: Wanted, plan: Sampling) -> Iterator[Completion]:
+    def _search(self, wanted: Wanted, plan: Sampling, deadline: float) -> Iterator[Completion]:
         """Ask for one token after each growing beam, round after round; the prefix cache knows what stands before it.
 
         vLLM's own `beam_search` knows one end token, and needs the tokenizer to know that.
         """
-        ensure_open(self)
-        self._ensure_idle()
-        deadline = time.monotonic() + self.options.timeout
         vocabulary = self._llm.model_config.get_vocab_size()
         ask = SamplingParams(
             temperature=0.0, max_tokens=1, logprobs=min(BeamSearch.choices(plan), vocabulary), ignore_eos=True,

@@ -315,8 +315,10 @@ def said(engine: Any, sampling: Any) -> dict[str, Any]:
     """Greedy tokens and their log-probabilities, and the tokens that the prefix cache had."""
     from vllm import SamplingParams
 
+    from pipeline.engines import Request
+
     prompts = asked_twice()
-    of = sorted(engine.generate(prompts, list(range(len(prompts))), sampling), key=lambda one: one.prompt)
+    of = sorted(engine.generate(Request(prompts, list(range(len(prompts)))), sampling), key=lambda one: one.prompt)
     again = engine._llm.generate(
         [{"prompt_token_ids": tokens} for tokens in prompts], SamplingParams(max_tokens=1, detokenize=False),
         use_tqdm=False,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import engines
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import PROMPTS
-from pipeline.engines import Completion, Memory, Request, Sampling
+from pipeline.engines import Completion, Memory, Sampling
 from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.transformers import TransformersEngine
 from pipeline.errors import ArtifactError, ContractError, EngineError, ExperimentError, StorageError
@@ -330,9 +330,9 @@ def test_only_what_is_missing_is_sampled_again(prompts, policy, sampling, tmp_pa
     disk.undo()
     generate, asked, told = TransformersEngine.generate, [], []
 
-    def watched(engine, requests, seeds, plan, done, then):
-        asked.append((len(requests), len(done)))
-        for completion in generate(engine, requests, seeds, plan, done, then):
+    def watched(engine, request, plan, then):
+        asked.append((len(request.prompts), len(request.done)))
+        for completion in generate(engine, request, plan, then):
             told.append(completion)
             yield completion
 
@@ -355,9 +355,9 @@ def test_an_engine_is_told_what_of_the_next_part_is_missing(
     (scratch_of(out) / "part-00000.parquet").unlink()
     generate, asked = TransformersEngine.generate, []
 
-    def watched(engine, requests, seeds, plan, done, then):
-        asked.append((Request(requests, seeds, done), then))
-        return generate(engine, requests, seeds, plan, done, then)
+    def watched(engine, request, plan, then):
+        asked.append((request, then))
+        return generate(engine, request, plan, then)
 
     monkeypatch.setattr(TransformersEngine, "generate", watched)
     made = rollout.run(out, sampling(), **inputs)

@@ -27,11 +27,11 @@ def model_engine(request, loaded):
 
 
 def sample(engine, prompts=PROMPTS, seeds=SEEDS, plan=PLAN):
-    return {(c.prompt, c.sample): c for c in engine.generate(prompts, seeds, plan)}
+    return {(c.prompt, c.sample): c for c in engine.generate(Request(prompts, seeds), plan)}
 
 
 def test_every_group_is_complete_and_no_response_comes_twice(engine):
-    keys = [(c.prompt, c.sample) for c in engine.generate(PROMPTS, SEEDS, PLAN)]
+    keys = [(c.prompt, c.sample) for c in engine.generate(Request(PROMPTS, SEEDS), PLAN)]
     assert sorted(keys) == [(p, s) for p in range(len(PROMPTS)) for s in (GREEDY, 0, 1, 2)]
 
 
@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_tokens_in_any_order_and_company(engine):
 def test_what_is_done_is_not_sampled_again_and_the_rest_is_what_it_would_have_been(engine, done):
     """Bit for bit: a sampling that was cut off goes on to the same end."""
     whole = sample(engine)
-    rest = {(c.prompt, c.sample): c for c in engine.generate(PROMPTS, SEEDS, PLAN, done)}
+    rest = {(c.prompt, c.sample): c for c in engine.generate(Request(PROMPTS, SEEDS, done), PLAN)}
     assert rest == {key: c for key, c in whole.items() if key[0] not in done}
 
 
@@ -89,7 +89,7 @@ def test_what_is_asked_next_may_be_begun_and_changes_nothing(engine, longest):
     first, second = Request(PROMPTS[:2], SEEDS[:2]), Request(PROMPTS[2:], SEEDS[2:], {1})
 
     def found(one, then=None):
-        return {(c.prompt, c.sample): c for c in engine.generate(one.prompts, one.seeds, plan, one.done, then)}
+        return {(c.prompt, c.sample): c for c in engine.generate(one, plan, then)}
 
     alone = found(first), found(second)
     for then in (second, second._replace(done=()), second._replace(seeds=[1, 2])):
@@ -98,7 +98,7 @@ def test_what_is_asked_next_may_be_begun_and_changes_nothing(engine, longest):
 
 def test_what_is_done_is_not_searched_again(model_engine):
     whole = sample(model_engine, plan=SEARCH)
-    rest = {(c.prompt, c.sample): c for c in model_engine.generate(PROMPTS, SEEDS, SEARCH, {0, 2})}
+    rest = {(c.prompt, c.sample): c for c in model_engine.generate(Request(PROMPTS, SEEDS, {0, 2}), SEARCH)}
     assert rest == {key: c for key, c in whole.items() if key[0] not in (0, 2)}
 
 
@@ -124,7 +124,7 @@ def test_one_token_is_enough(engine):
 
 
 def test_no_prompts_give_no_responses(engine):
-    assert list(engine.generate([], [], PLAN)) == []
+    assert list(engine.generate(Request([], []), PLAN)) == []
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_no_prompts_give_no_responses(engine):
 )
 def test_a_request_that_cannot_be_served_is_refused_whole_and_names_the_prompt(engine, prompts, seeds, message):
     with pytest.raises(EngineError, match=message) as caught:
-        engine.generate(prompts, seeds, PLAN)
+        engine.generate(Request(prompts, seeds), PLAN)
     assert caught.value.where == "prompt 1"
     assert len(sample(engine)) == len(PROMPTS) * 4
 
 
 def test_prompts_and_seeds_must_be_as_many(engine):
     with pytest.raises(EngineError, match="4 prompts but 1 seeds"):
-        engine.generate(PROMPTS, [1], PLAN)
+        engine.generate(Request(PROMPTS, [1]), PLAN)
 
 
 def test_a_prompt_that_just_fits_is_served(engine):
@@ -155,7 +155,7 @@ def test_a_prompt_that_just_fits_is_served(engine):
 
 
 def test_reading_can_stop_half_way_and_sampling_goes_on_afterwards(engine):
-    reading = engine.generate(PROMPTS, SEEDS, PLAN)
+    reading = engine.generate(Request(PROMPTS, SEEDS), PLAN)
     next(reading)
     reading.close()
     assert len(sample(engine)) == len(PROMPTS) * 4
@@ -186,7 +186,7 @@ def test_a_closed_engine_refuses_and_closing_twice_is_harmless(build, checkpoint
     with pytest.raises(EngineError, match="closed"):
         engine.load(checkpoints["untied_a"])
     with pytest.raises(EngineError, match="closed"):
-        engine.generate(PROMPTS, SEEDS, PLAN)
+        engine.generate(Request(PROMPTS, SEEDS), PLAN)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -295,7 +295,7 @@ def test_beams_are_the_same_in_both_engines(loaded, checkpoint):
 
 def test_more_beams_than_tokens_are_refused(model_engine):
     with pytest.raises(EngineError, match="1000 beams are more than the vocabulary"):
-        model_engine.generate([[5]], [0], SEARCH.model_copy(update={"beams": 1000}))
+        model_engine.generate(Request([[5]], [0]), SEARCH.model_copy(update={"beams": 1000}))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
@@ -318,5 +318,5 @@ def test_sampling_longer_than_the_timeout_is_an_error_and_closes(build, checkpoi
     engine = build(name, timeout=1e-3)
     engine.load(checkpoints["untied_a"])
     with pytest.raises(EngineError, match="took longer than"):
-        list(engine.generate(PROMPTS, SEEDS, plan))
+        list(engine.generate(Request(PROMPTS, SEEDS), plan))
     assert engine.closed

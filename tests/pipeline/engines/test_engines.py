@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from pipeline.engines import EngineOptions, Sampling, close_engines, open_engine
+from pipeline.engines import EngineOptions, Request, Sampling, close_engines, open_engine
 from pipeline.errors import EngineError, ExperimentError
 
 
@@ -34,7 +34,7 @@ def test_the_same_name_and_options_get_the_same_engine_with_the_new_checkpoint(c
     first = open_engine("scripted", checkpoint, EngineOptions())
     assert open_engine("scripted", other, EngineOptions()) is first
     with pytest.raises(EngineError, match="vocabulary of 3"):
-        first.generate([[4]], [0], Sampling(group_size=1, max_tokens=2, stop_ids=(1,)))
+        first.generate(Request([[4]], [0]), Sampling(group_size=1, max_tokens=2, stop_ids=(1,)))
 
 
 def test_other_options_get_another_engine_and_close_the_first(checkpoint):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from pipeline.engines import Sampling, reading
+from pipeline.engines import Request, Sampling, reading
 from pipeline.engines.reading import Reader
 from pipeline.models.checkpoint import load_policy
 
@@ -56,7 +56,7 @@ def test_what_responses_begin_with_is_read_once(build, checkpoints):
     )
     plan = Sampling(group_size=8, max_tokens=6, stop_ids=(1,), temperature=0.7)
     groups = [[], [], []]
-    for completion in engine.generate([[5, 6], [7], [8, 9, 10]], [0, 1, 2], plan):
+    for completion in engine.generate(Request([[5, 6], [7], [8, 9, 10]], [0, 1, 2]), plan):
         groups[completion.prompt].append(tuple(completion.tokens))
     going = [
         sum(len({text[:length] for text in group if len(text) > length}) for group in groups)

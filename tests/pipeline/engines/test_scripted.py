@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pipeline.engines import EngineOptions, Sampling
+from pipeline.engines import EngineOptions, Request, Sampling
 from pipeline.engines.scripted import SCRIPTED_LOGPROB, ScriptedEngine
 from pipeline.errors import EngineError
 
@@ -19,7 +19,7 @@ def checkpoint(tmp_path):
 
 
 def say(engine, prompts):
-    return {(c.prompt, c.sample): c for c in engine.generate(prompts, list(range(len(prompts))), PLAN)}
+    return {(c.prompt, c.sample): c for c in engine.generate(Request(prompts, list(range(len(prompts)))), PLAN)}
 
 
 def test_a_script_is_said_in_turn(checkpoint):
@@ -69,5 +69,5 @@ def test_it_has_nothing_to_search(checkpoint):
     engine = ScriptedEngine(EngineOptions())
     engine.load(checkpoint)
     with pytest.raises(EngineError, match="cannot search with beams"):
-        engine.generate([[5]], [0], Sampling(group_size=2, beams=2, max_tokens=4, stop_ids=(1,)))
+        engine.generate(Request([[5]], [0]), Sampling(group_size=2, beams=2, max_tokens=4, stop_ids=(1,)))
     assert len(say(engine, [[5]])) == 4

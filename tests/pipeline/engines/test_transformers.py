@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.engines import Sampling
+from pipeline.engines import Request, Sampling
 from pipeline.engines.transformers import cut, sample_tokens
 from pipeline.errors import EngineError
 from pipeline.models.checkpoint import load_policy
@@ -77,7 +77,9 @@ def test_small_batches_change_nothing(build, checkpoints):
     for rows in (1, 7, 64):
         engine = build("transformers", max_num_seqs=rows)
         engine.load(checkpoints["tied_a"])
-        found.append({(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, seeds, plan(group_size=3))})
+        found.append(
+            {(c.prompt, c.sample): c.tokens for c in engine.generate(Request(prompts, seeds), plan(group_size=3))}
+        )
     assert found[0] == found[1] == found[2]
 
 
@@ -85,7 +87,7 @@ def test_small_batches_change_nothing(build, checkpoints):
 def test_beams_are_those_of_transformers_without_a_length_penalty(loaded, checkpoints, stop_ids):
     chosen = plan(group_size=4, beams=6, max_tokens=10, stop_ids=stop_ids)
     prompts = [[5, 6, 7], [9, 30, 12, 8, 8]]
-    found = {(c.prompt, c.sample): c.tokens for c in loaded("transformers").generate(prompts, [0, 1], chosen)}
+    found = {(c.prompt, c.sample): c.tokens for c in loaded("transformers").generate(Request(prompts, [0, 1]), chosen)}
     model = load_policy(checkpoints["untied_a"], "float32")
     for index, prompt in enumerate(prompts):
         theirs = model.generate(
@@ -104,7 +106,9 @@ def test_small_batches_change_no_beam(build, checkpoints):
         engine = build("transformers", max_num_seqs=rows)
         engine.load(checkpoints["tied_a"])
         chosen = plan(group_size=3, beams=4)
-        found.append({(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, list(range(9)), chosen)})
+        found.append(
+            {(c.prompt, c.sample): c.tokens for c in engine.generate(Request(prompts, list(range(9))), chosen)}
+        )
     assert found[0] == found[1] == found[2]
 
 
@@ -122,7 +126,7 @@ def test_damaged_weights_are_refused(build, checkpoints, tmp_path, damage, messa
     engine = build("transformers")
     with pytest.raises(EngineError, match=message):
         engine.load(tmp_path)
-        list(engine.generate([[5, 6]], [0], plan()))
+        list(engine.generate(Request([[5, 6]], [0]), plan()))
     assert engine.closed
 
 

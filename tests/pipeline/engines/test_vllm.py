@@ -51,8 +51,8 @@ def test_more_prompt_tokens_than_one_step_takes_are_sampled_as_if_alone(loaded):
     engine = loaded("vllm")
     prompts = [[5 + (row + place) % 30 for place in range(150)] for row in range(40)]
     assert sum(map(len, prompts)) > CPU_BATCH_TOKENS
-    together = {(c.prompt, c.sample): c.tokens for c in engine.generate(prompts, range(0, 4000, 100), PLAN)}
-    alone = {(31, c.sample): c.tokens for c in engine.generate([prompts[31]], [3100], PLAN)}
+    together = {(c.prompt, c.sample): c.tokens for c in engine.generate(Request(prompts, range(0, 4000, 100)), PLAN)}
+    alone = {(31, c.sample): c.tokens for c in engine.generate(Request([prompts[31]], [3100]), PLAN)}
     assert len(together) == 80
     assert {key: together[key] for key in alone} == alone
 
@@ -65,8 +65,8 @@ def test_responses_do_not_depend_on_their_batch_with_several_threads_either(buil
     engine.load(checkpoints["untied_a"])
     prompts = [[5 + (row + place) % 30 for place in range(10 + 3 * row)] for row in range(24)]
     plan = Sampling(group_size=1, max_tokens=60, stop_ids=(1,))
-    whole = {c.prompt: c for c in engine.generate(prompts, range(24), plan)}
-    rest = {c.prompt: c for c in engine.generate(prompts, range(24), plan, set(range(0, 24, 2)))}
+    whole = {c.prompt: c for c in engine.generate(Request(prompts, range(24)), plan)}
+    rest = {c.prompt: c for c in engine.generate(Request(prompts, range(24), set(range(0, 24, 2))), plan)}
     engine.close()
     torch.set_num_threads(threads)
     assert rest == {row: whole[row] for row in range(1, 24, 2)}
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_closes_a_warm_engine(loaded, checkpoints, tmp_path
         engine.load(damaged(checkpoints["untied_a"], tmp_path / damage, damage))
     assert engine.closed
     with pytest.raises(EngineError, match="closed"):
-        engine.generate([[5]], [0], PLAN)
+        engine.generate(Request([[5]], [0]), PLAN)
 
 
 def test_a_tensor_that_is_missing_from_the_start_is_named_and_the_next_engine_is_sound(
@@ -121,7 +121,7 @@ def test_a_tensor_that_is_missing_from_the_start_is_named_and_the_next_engine_is
     with pytest.raises(EngineError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
         engine.load(damaged(checkpoints["untied_a"], tmp_path / "missing", "missing"))
     assert engine.closed
-    assert len(list(loaded("vllm").generate([[5]], [0], PLAN))) == 2
+    assert len(list(loaded("vllm").generate(Request([[5]], [0]), PLAN))) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,16 +131,16 @@ def test_numbers_that_are_not_finite_are_not_sampled_from(loaded, checkpoints, t
     engine = loaded("vllm")
     with pytest.raises(EngineError, match=message):
         engine.load(damaged(checkpoints["untied_a"], tmp_path / "nan", damage))
-        list(engine.generate([[5]], [0], PLAN))
+        list(engine.generate(Request([[5]], [0]), PLAN))
     assert engine.closed
 
 
 def test_two_readers_at_once_are_refused_and_the_first_goes_on(loaded, checkpoints):
     engine = loaded("vllm")
-    reading = engine.generate([[5], list(range(3, 40))], [0, 1], PLAN.model_copy(update={"max_tokens": 200}))
+    reading = engine.generate(Request([[5], list(range(3, 40))], [0, 1]), PLAN.model_copy(update={"max_tokens": 200}))
     first = next(reading)
     with pytest.raises(EngineError, match="still generating"):
-        next(engine.generate([[5]], [0], PLAN))
+        next(engine.generate(Request([[5]], [0]), PLAN))
     with pytest.raises(EngineError, match="still generating"):
         engine.load(checkpoints["untied_b"])
     assert len([first, *reading]) == 4
@@ -151,7 +151,7 @@ UNEVEN = Sampling(group_size=2, max_tokens=200, stop_ids=(1,))
 
 
 def sampled(engine, one, then=None):
-    return {(c.prompt, c.sample): c for c in engine.generate(one.prompts, one.seeds, UNEVEN, one.done, then)}
+    return {(c.prompt, c.sample): c for c in engine.generate(one, UNEVEN, then)}
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_what_was_begun_and_is_not_asked_for_is_dropped(loaded, checkpoints, end
     engine = loaded("vllm")
     expected = sampled(loaded("vllm", "untied_b"), SHORT)
     engine.load(checkpoints["untied_a"])
-    reading = engine.generate(LONG.prompts, LONG.seeds, UNEVEN, then=SHORT)
+    reading = engine.generate(LONG, UNEVEN, then=SHORT)
     if end == "close the reader":
         next(reading)
         reading.close()
@@ -187,16 +187,33 @@ def test_what_was_begun_and_is_not_asked_for_is_dropped(loaded, checkpoints, end
     if end == "sleep":
         engine.sleep()
     elif end == "ask for something else":
-        assert len(list(engine.generate([[5]], [0], PLAN))) == 2
+        assert len(list(engine.generate(Request([[5]], [0]), PLAN))) == 2
     engine.load(checkpoints["untied_b"])
     assert not engine._llm.llm_engine.has_unfinished_requests()
     assert sampled(engine, SHORT) == expected  # of these weights, not of those before
 
 
+def test_what_was_begun_is_not_handed_out_while_the_one_before_is_read(loaded):
+    engine = loaded("vllm")
+    reading = engine.generate(LONG, UNEVEN, then=SHORT)
+    first = next(reading)
+    with pytest.raises(EngineError, match="still generating"):
+        next(engine.generate(SHORT, UNEVEN))
+    assert len([first, *reading]) == len(sampled(engine, SHORT)) == 4
+
+
+def test_a_search_drops_what_was_begun(loaded):
+    engine = loaded("vllm")
+    list(engine.generate(LONG, UNEVEN, then=SHORT))
+    assert engine._ahead is not None
+    found = list(engine.generate(LONG, Sampling(group_size=2, beams=2, max_tokens=4, stop_ids=(1,))))
+    assert (len(found), engine._llm.llm_engine.has_unfinished_requests()) == (4, False)
+
+
 def test_what_is_asked_next_is_refused_before_anything_is_sampled(loaded):
     engine = loaded("vllm")
     with pytest.raises(EngineError, match="outside the vocabulary"):
-        engine.generate(LONG.prompts, LONG.seeds, UNEVEN, then=Request([[10**6]], [0]))
+        engine.generate(LONG, UNEVEN, then=Request([[10**6]], [0]))
     assert len(sampled(engine, LONG)) == 4
 
 
@@ -205,7 +222,7 @@ def test_the_process_is_left_as_it_was(build, checkpoints, capfd):
     inherited = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
     engine = build("vllm")
     engine.load(checkpoints["tied_a"])
-    list(engine.generate([[5]], [0], PLAN))
+    list(engine.generate(Request([[5]], [0]), PLAN))
     engine.close()
     assert torch.set_num_threads is setter
     assert warnings.filters == filters
@@ -218,7 +235,7 @@ def test_a_second_engine_in_the_process_is_refused_and_the_first_goes_on(loaded,
     second = type(engine)(engine.options)
     with pytest.raises(EngineError, match="one vLLM engine"):
         second.load(checkpoints["untied_a"])
-    assert len(list(engine.generate([[5]], [0], PLAN))) == 2
+    assert len(list(engine.generate(Request([[5]], [0]), PLAN))) == 2
 
 
 def test_bfloat16_reloads_exactly_and_is_close_to_float32(build, checkpoints):
@@ -226,7 +243,7 @@ def test_bfloat16_reloads_exactly_and_is_close_to_float32(build, checkpoints):
     half.load(checkpoints["tied_b"])
     half.load(checkpoints["tied_a"])
     assert half.describe()["dtype"] == "bfloat16"
-    found = list(half.generate([[5], [6, 7]], [0, 1], PLAN))
+    found = list(half.generate(Request([[5], [6, 7]], [0, 1]), PLAN))
     half.close()
     policy = load_policy(checkpoints["tied_a"], "float32")
     prompts = [[[5], [6, 7]][c.prompt] for c in found]
@@ -246,7 +263,7 @@ def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, m
     """A CPU's vLLM cannot sleep: what it would be asked to do, and the weights that it has after that."""
     engine = build("vllm")
     engine.load(checkpoints["untied_a"])
-    before = [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)]
+    before = [(c.sample, c.tokens) for c in engine.generate(Request([[5, 6]], [1]), PLAN)]
     asked, used = [], iter([71.25, 3.5, 3.5, 71.25])
     monkeypatch.setattr(engines.vllm, "ON_GPU", True)
     monkeypatch.setattr(engines.vllm, "_in_use", lambda worker: next(used))
@@ -254,7 +271,7 @@ def test_what_sleeping_and_waking_do_to_the_memory_is_told(build, checkpoints, m
     monkeypatch.setattr(engine._llm, "wake_up", lambda: asked.append("wake up"))
     assert engine.sleep() == Memory(awake=71.25, asleep=3.5)
     assert engine.sleep() is None
-    assert [(c.sample, c.tokens) for c in engine.generate([[5, 6]], [1], PLAN)] == before
+    assert [(c.sample, c.tokens) for c in engine.generate(Request([[5, 6]], [1]), PLAN)] == before
     assert asked == ["sleep 2", "wake up"]
     told = capsys.readouterr().err
     assert "engine asleep: 71.2 -> 3.5 GB" in told and "engine awake: 3.5 -> 71.2 GB" in told
@@ -276,7 +293,7 @@ SHARED = """
 
     import psutil
 
-    from pipeline.engines import EngineOptions, Sampling, vllm
+    from pipeline.engines import EngineOptions, Request, Sampling, vllm
     from pipeline.engines.vllm import VllmEngine
 
     if __name__ == "__main__":
@@ -286,7 +303,7 @@ SHARED = """
         for checkpoint in sys.argv[1:]:
             engine.load(Path(checkpoint))
             plan = Sampling(group_size=2, max_tokens=8, stop_ids=(1,))
-            said.append([[c.sample, c.tokens, c.logprobs] for c in engine.generate([[5, 6]], [1], plan)])
+            said.append([[c.sample, c.tokens, c.logprobs] for c in engine.generate(Request([[5, 6]], [1]), plan)])
         processes = len(psutil.Process().children(recursive=True))
         in_use = engine._in_use()
         engine.close()
@@ -308,7 +325,7 @@ def test_two_processes_that_share_the_weights_say_what_one_says(loaded, checkpoi
     assert told["processes"] >= 2
     assert told["in_use"] == 2.0 + 3.0  # on a CPU there is nothing to ask of the two, but for who they are
     for name, said in zip(names, told["said"], strict=True):
-        one = {c.sample: c for c in loaded("vllm", name).generate([[5, 6]], [1], PLAN)}
+        one = {c.sample: c for c in loaded("vllm", name).generate(Request([[5, 6]], [1]), PLAN)}
         assert {sample: tokens for sample, tokens, _ in said} == {sample: c.tokens for sample, c in one.items()}
         for sample, _, logprobs in said:
             assert logprobs == pytest.approx(one[sample].logprobs, abs=1e-4)
