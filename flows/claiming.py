@@ -21,8 +21,8 @@ import polars as pl
 
 from flows.claims import CLAIMS, SCHEMA, Claim
 from pipeline import lifeline
-from pipeline.artifacts import flush
 from pipeline.catalog import catalog
+from pipeline.disk import flush
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 from pipeline.inspecting.curves import by_iteration

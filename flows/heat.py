@@ -12,9 +12,9 @@ from flows.sheets import out
 from pipeline import pages
 from pipeline.artifacts import Artifact
 from pipeline.catalog import Entry
+from pipeline.disk import whole_file
 from pipeline.errors import ExperimentError
 from pipeline.inspecting.tokens import COLUMNS, Key, Reading, colour, printable, read, rollouts_of, span
-from pipeline.whole import whole_file
 
 STEPS = 9
 """Colours of the scale that is printed."""

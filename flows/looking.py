@@ -21,12 +21,12 @@ from flows.tables import contract_sheet
 from pipeline.artifacts import Artifact
 from pipeline.catalog import catalog, find_runs
 from pipeline.contracts import LABELS, ROLLOUTS
+from pipeline.disk import whole_file
 from pipeline.errors import ExperimentError
 from pipeline.inspecting import queries
 from pipeline.inspecting.tokens import Key, beside, printable
 from pipeline.inspecting.views import Views, lock
 from pipeline.settings import without_none
-from pipeline.whole import whole_file
 
 SHOWN = 24
 """Elements of a list that are shown."""

@@ -22,9 +22,10 @@ from flows import gates
 from flows.results import Evaluated
 from flows.run import Run
 from pipeline import storage
-from pipeline.artifacts import Artifact, InputRecord, flush
+from pipeline.artifacts import Artifact, InputRecord
 from pipeline.catalog import EXPERIMENT_FILE, refuse_no_run
 from pipeline.contracts import POLICY
+from pipeline.disk import flush
 from pipeline.errors import ArtifactError
 from pipeline.experiment import Experiment, Promotion
 from pipeline.grading.measures import clustered

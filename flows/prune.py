@@ -13,8 +13,9 @@ from flows.lineage import Ledger
 from flows.promotion import PROMOTED, evaluations
 from flows.run import Run, look_up
 from pipeline import storage
-from pipeline.artifacts import PRUNED, Artifact, flush, place_of
+from pipeline.artifacts import PRUNED, Artifact, place_of
 from pipeline.catalog import EXPERIMENT_FILE, REPLACED, artifacts_of, refuse_no_run
+from pipeline.disk import flush
 from pipeline.errors import ExperimentError
 from pipeline.experiment import Experiment
 

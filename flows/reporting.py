@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flows.promotion import PROMOTED
 from pipeline.catalog import find_runs
+from pipeline.disk import whole_file
 from pipeline.errors import ExperimentError
-from pipeline.whole import whole_file
 
 REPORT = "report.html"
 

@@ -22,7 +22,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -32,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -45,7 +44,8 @@ from pydantic import Field, ValidationError, field_validator
 from pipeline import storage
 from pipeline.cards import CARD, card
 from pipeline.contracts import CONTRACTS, Contract
-from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
+from pipeline.disk import Unchanged, flush, storage_error
+from pipeline.errors import ArtifactError, BusyError, ContractError
 from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
 from pipeline.settings import Settings, explain
@@ -124,11 +124,11 @@ class Manifest(Settings):
                 raise ValueError(f"file {name!r} leads out of the artifact")
         return files
 
-    @classmethod
-    def read(cls, directory: Path) -> Self:
+    @staticmethod
+    def read(directory: Path) -> "Manifest":
         """Read `directory/manifest.json`. Raises `ArtifactError` when it is absent or not a manifest."""
         try:
-            return cls.model_validate_json((directory / MANIFEST).read_bytes())
+            return _manifest(directory / MANIFEST)
         except FileNotFoundError as error:
             if not directory.exists():
                 raise ArtifactError("no such artifact", str(directory), "check the path") from error
@@ -137,6 +137,9 @@ class Manifest(Settings):
             ) from error
         except ValidationError as error:
             raise ArtifactError(f"unreadable {MANIFEST}: {explain(error)}", str(directory)) from error
+
+
+_manifest = Unchanged(lambda file: Manifest.model_validate_json(file.read_bytes()), most=64)
 
 
 @dataclass(frozen=True)
@@ -261,14 +264,12 @@ def _part_again(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """A part of a table, which several stages read; a small one that is what it was is read once, whole."""
     if path.stat().st_size > SMALL:
         return read_part(path, columns)
-    whole = _small_part(path, identity(path))
+    whole = _small_part(path)
     _refuse_missing(columns, whole.column_names)
     return whole if columns is None else whole.select(columns)
 
 
-@lru_cache(maxsize=16)
-def _small_part(path: Path, _: "FileIdentity") -> pa.Table:
-    return read_part(path)
+_small_part = Unchanged(read_part, most=16)
 
 
 def _refuse_missing(wanted: Sequence[str] | None, names: Sequence[str]) -> None:
@@ -333,26 +334,12 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, rows=rows, blake2b=_hash_of(path))
 
 
-FileIdentity = tuple[str, int, int, int, int]
-"""A file as it is now: whoever writes to it, or puts another in its place, changes this."""
+def _hashed(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
-def identity(path: Path) -> FileIdentity:
-    """Name, device, inode, size and time of change: the same after a directory above it was renamed."""
-    now = path.stat()
-    return (path.name, now.st_dev, now.st_ino, now.st_size, now.st_ctime_ns)
-
-
-_hashed: dict[FileIdentity, str] = {}
-
-
-def _hash_of(path: Path) -> str:
-    """Hash of the content; a file that is what it was is hashed once."""
-    key = identity(path)
-    if key not in _hashed:
-        with path.open("rb") as stream:
-            _hashed[key] = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-    return _hashed[key]
+_hash_of = Unchanged(_hashed, most=100_000)
 
 
 def _file_records(
@@ -465,7 +452,7 @@ class Outbox:
         hashed = _hash_of(temporary)
         self._note({self._part(index).name: hashed})
         temporary.rename(self._part(index))
-        _hashed[identity(self._part(index))] = hashed  # renaming a file changes its time of change, not its bytes
+        _hash_of.learn(self._part(index), hashed)  # renaming a file changes its time of change, not its bytes
         self.written.add(self._part(index).name)
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -505,6 +492,7 @@ class Outbox:
         for path in (*(self.path / name for name in (*files, CARD) if name not in self.written), temporary):
             flush(path)
         temporary.rename(self.path / MANIFEST)
+        _manifest.learn(self.path / MANIFEST, manifest)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))
         shutil.rmtree(self.working)  # not before: the manifest knows the parts as well
         flush(self.path)
@@ -555,51 +543,11 @@ def scratch_of(target: Path, fingerprint: str) -> Path:
     return target.parent / f"{SCRATCH}{target.name}-{fingerprint[:8]}"
 
 
-def flush(path: Path) -> None:
-    """Have the file or directory on the disk itself before anything else is done."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_file_of(path: Path, hashed: str) -> bool:
     try:
         return _hash_of(path) == hashed
     except OSError:
         return False
-
-
-_OF_STORAGE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG}
-)
-_FULL = os.strerror(errno.ENOSPC)
-
-
-def storage_error(error: BaseException, target: Path) -> StorageError:
-    """What a failure of the file system means for the artifact at `target`."""
-    full = _is_full(error)
-    free = f", {shutil.disk_usage(_existing(target)).free / 2**20:,.0f} MiB free" if full else ""
-    why = "the disk is full" + free if full else getattr(error, "strerror", None) or str(error)
-    return StorageError(
-        f"cannot write: {why}", str(target),
-        "make room (`rlhf prune RUN` deletes old weights) and run again: what was finished is kept" if full
-        else "make it writable, or choose another --root or --out, and run again",
-    )  # fmt: skip
-
-
-def of_storage(error: BaseException) -> bool:
-    """Whether the file system failed, rather than a program. Libraries in Rust say it in words only."""
-    return _is_full(error) or (isinstance(error, OSError) and error.errno in _OF_STORAGE)
-
-
-def _is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL in str(error)
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _circumstances() -> dict[str, Any]:

@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 from pipeline.artifacts import Artifact
 from pipeline.companions import Companions
 from pipeline.contracts import FLOAT32, FLOATS, INT32, INT64, MESSAGES, STRING, TOKENS
+from pipeline.disk import whole_file
 from pipeline.errors import ExperimentError
 from pipeline.sources.preferences import turns_of
-from pipeline.whole import whole_file
 
 Row = dict[str, Any]
 

@@ -35,10 +35,9 @@ from pipeline.artifacts import (
     digest_of,
     file_record,
     fingerprint_of,
-    of_storage,
-    storage_error,
 )
 from pipeline.contracts import Contract
+from pipeline.disk import of_storage, storage_error
 from pipeline.errors import ArtifactError, BusyError, ExperimentError, InputError, PipelineError, WaitingError
 from pipeline.experiment import Experiment
 from pipeline.locks import PAUSE

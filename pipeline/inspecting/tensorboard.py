@@ -23,8 +23,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from pipeline.artifacts import flush
 from pipeline.catalog import Entry, Phase, catalog, refuse_no_run
+from pipeline.disk import flush
 from pipeline.errors import ExperimentError
 from pipeline.inspecting.curves import by_iteration, by_step
 from pipeline.inspecting.names import Names, alias, tag

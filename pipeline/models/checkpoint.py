@@ -36,8 +36,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from pipeline.artifacts import FileIdentity, identity
 from pipeline.building import built, no_progress_bar
+from pipeline.disk import FileIdentity, identity
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.finite import all_finite
 from pipeline.models import adapters

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.artifacts import Outbox, file_record, flush
+from pipeline.artifacts import Outbox, file_record
+from pipeline.disk import flush
 from pipeline.errors import ArtifactError
 from pipeline.models.distributed import everybody, like, own, released, told
 from pipeline.ranks import count, rank

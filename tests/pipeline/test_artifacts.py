@@ -9,11 +9,11 @@ import textwrap
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import artifacts
 from pipeline.artifacts import (
     Artifact,
     InputRecord,
@@ -22,10 +22,10 @@ from pipeline.artifacts import (
     digest_of,
     file_record,
     fingerprint_of,
-    identity,
     place_of,
 )
 from pipeline.contracts import CRITIC, DOCUMENTS, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
+from pipeline.disk import identity
 from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 
 FINGERPRINT = "ab" * 32
@@ -270,10 +270,8 @@ def test_a_part_that_is_gone_is_refused(tmp_path):
 
 
 def test_a_small_part_is_read_once_while_it_is_what_it_was(tmp_path, monkeypatch):
-    read, files = artifacts.read_part, []
-    monkeypatch.setattr(
-        artifacts, "read_part", lambda path, columns=None: files.append(path.name) or read(path, columns)
-    )
+    opened, files = pq.ParquetFile, []
+    monkeypatch.setattr(pq, "ParquetFile", lambda path: files.append(path.name) or opened(path))
     made, large = make(tmp_path / "docs"), "".join(map(chr, range(0xE000, 0x3FFFF)))
     for columns in (None, ["text"], ["source", "text"], ["text", "document_id"]):
         found = made.table(columns)
@@ -289,6 +287,22 @@ def test_a_small_part_is_read_once_while_it_is_what_it_was(tmp_path, monkeypatch
     files.clear()
     assert [wide.table(["text"])["text"].to_pylist() for _ in range(2)] == [[large]] * 2
     assert len(files) == 2
+
+
+def test_a_manifest_is_what_its_file_says_now(tmp_path):
+    made = make(tmp_path / "docs")
+    assert Manifest.read(made.path) is made.manifest  # known to who wrote it
+    file = made.path / "manifest.json"
+    read = Manifest.model_validate_json(file.read_bytes())
+    assert read == made.manifest
+    file.write_text(file.read_text().replace('"stage": "tell"', '"stage": "show"'))
+    assert Manifest.read(made.path) == read.model_copy(update={"stage": "show"})
+    file.write_text("{")
+    with pytest.raises(ArtifactError, match="unreadable"):
+        Manifest.read(made.path)
+    file.unlink()
+    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
+        Manifest.read(made.path)
 
 
 def test_a_file_is_the_same_where_its_directory_is_moved_and_another_once_it_is_written_to(tmp_path):

@@ -182,7 +182,7 @@ def test_a_storage_error_in_the_words_of_a_library_is_still_one(tmp_path):
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from pipeline.artifacts import of_storage, storage_error
+from pipeline.disk import of_storage, storage_error
 import sys, subprocess
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
