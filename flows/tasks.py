@@ -5,11 +5,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
@@ -58,32 +59,42 @@ def perform(
     A fault of the engine or the graders is tried again; every try has the stage's time limit; a limit on its hardware
     is waited for first.
     """
-
-    def attempt() -> Artifact:
-        try:
-            artifact = work()
-        except WORTH_ANOTHER_TRY as error:
-            console.line(f"  {name}: {error.what}")
-            raise
-        pictures.link(artifact, key)
-        return artifact
-
     seconds = resources.timeouts.get(stage.name)
-    # Prefect's result cache has another idea of sameness (inputs + source + run id), so it stays off. No tags: Prefect
-    # asks its server for a concurrency slot for each, which cost two seconds at every sixth task.
-    decorate = task(
-        name=stage.name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, timeout_seconds=seconds,
-        retries=resources.retries, retry_condition_fn=_worth_another_try,
-        retry_delay_seconds=[resources.retry_seconds * 2**number for number in range(resources.retries)],
-    )  # fmt: skip
+    attempts = _task(stage.name, seconds, resources.retries, resources.retry_seconds)
     with holding(resources.limits.get(stage.hardware)):
         try:
-            return decorate(attempt)()
+            return attempts(name, work, key)
         except TaskRunTimeoutError as error:
             raise PipelineError(
                 f"stage {stage.name} was ended after {seconds:g} s", str(out),
                 f"raise resources.timeouts.{stage.name}; run again: what was finished is kept",
             ) from error  # fmt: skip
+
+
+@cache
+def _task(
+    stage: str, seconds: float | None, retries: int, pause: float
+) -> Task[[str, Callable[[], Artifact], str], Artifact]:
+    """What Prefect knows of a stage.
+
+    Its result cache has another idea of sameness (inputs + source + run id), so it stays off. No tags: Prefect asks
+    its server for a concurrency slot for each, which cost two seconds at every sixth task.
+    """
+    return task(
+        name=stage, task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False, timeout_seconds=seconds,
+        retries=retries, retry_condition_fn=_worth_another_try,
+        retry_delay_seconds=[pause * 2**number for number in range(retries)],
+    )(_attempt)  # fmt: skip
+
+
+def _attempt(name: str, work: Callable[[], Artifact], key: str) -> Artifact:
+    try:
+        artifact = work()
+    except WORTH_ANOTHER_TRY as error:
+        console.line(f"  {name}: {error.what}")
+        raise
+    pictures.link(artifact, key)
+    return artifact
 
 
 def _worth_another_try(_: Any, __: Any, state: Any) -> bool:

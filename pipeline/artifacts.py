@@ -44,7 +44,7 @@ from pydantic import Field, ValidationError, field_validator
 from pipeline import storage
 from pipeline.cards import CARD, card
 from pipeline.contracts import CONTRACTS, Contract
-from pipeline.disk import Unchanged, flush, storage_error
+from pipeline.disk import Unchanged, flush, json_object, storage_error
 from pipeline.errors import ArtifactError, BusyError, ContractError
 from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
@@ -297,11 +297,7 @@ def _refuse_another_kind(path: Path, contract: Contract) -> None:
     """Look whether the config names what it should, long before the weights are read."""
     if contract.name not in _ARCHITECTURES:
         return
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON: {error}", str(path / "config.json")) from error
-    found = config.get("architectures") if isinstance(config, dict) else None
+    found = json_object(path / "config.json").get("architectures")
     wanted = _ARCHITECTURES[contract.name]
     if not any(str(name).endswith(wanted) for name in found or ()):
         raise ArtifactError(
@@ -489,8 +485,8 @@ class Outbox:
         (self.path / CARD).write_text(about, encoding="utf-8")
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*(self.path / name for name in (*files, CARD) if name not in self.written), temporary):
-            flush(path)
+        for path in (*(self.path / name for name in files if name not in self.written), temporary):
+            flush(path)  # but not what the manifest does not answer for
         temporary.rename(self.path / MANIFEST)
         _manifest.learn(self.path / MANIFEST, manifest)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))

@@ -1,15 +1,16 @@
 """What is on the disk: files that are whole or absent, files that are what they were, and what a failing disk means."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pipeline.errors import StorageError
+from pipeline.errors import ArtifactError, StorageError
 
 Made = TypeVar("Made")
 
@@ -79,6 +80,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint says. Raises `ArtifactError` where there is none, or something else in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"a checkpoint has a {path.name}, this one has none", str(path.parent)) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"not valid JSON: {error}", str(path)) from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"not a JSON object but a {type(content).__name__}", str(path))
+    return content
 
 
 _OF_STORAGE = frozenset(

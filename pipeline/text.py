@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import json_object
 from pipeline.errors import ArtifactError, InputError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -115,16 +116,15 @@ class Chat:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        # Its public name looks at the type of every token first, which takes twice as long as the rest.
+        return str(self.tokenizer._decode(list(tokens), skip_special_tokens=True))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """End tokens: the tokenizer's, and those of generation_config.json where there is one."""
-        from transformers import GenerationConfig
-
         ids = {int(self.tokenizer.eos_token_id)}
-        if (self.checkpoint / "generation_config.json").is_file():
-            configured = GenerationConfig.from_pretrained(self.checkpoint).eos_token_id
+        if (file := self.checkpoint / "generation_config.json").is_file():
+            configured = json_object(file).get("eos_token_id")
             ids |= set(configured if isinstance(configured, list) else [configured] if configured is not None else [])
         return tuple(sorted(ids))
 

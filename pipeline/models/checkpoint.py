@@ -37,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from pipeline.building import built, no_progress_bar
-from pipeline.disk import FileIdentity, identity
+from pipeline.disk import FileIdentity, identity, json_object
 from pipeline.errors import ArtifactError, ExperimentError
 from pipeline.finite import all_finite
 from pipeline.models import adapters
@@ -124,7 +124,7 @@ _inspected: dict[tuple[Kind | FileIdentity, ...], CheckpointFacts] = {}
 
 
 def _inspect(path: Path, kind: Kind) -> CheckpointFacts:
-    config = _json(path / "config.json")
+    config = json_object(path / "config.json")
     architecture = _architecture(config, path, kind)
     _check_tokenizer(path)
     tensors = _read_tensors(path)
@@ -136,7 +136,7 @@ def _inspect(path: Path, kind: Kind) -> CheckpointFacts:
     else:
         _check_score(shapes, config, path)
     generation = path / "generation_config.json"
-    ends = (_json(generation) if generation.exists() else config).get("eos_token_id")
+    ends = (json_object(generation) if generation.exists() else config).get("eos_token_id")
     return CheckpointFacts(
         architecture=architecture,
         model_type=config["model_type"],
@@ -182,7 +182,7 @@ def fresh_reward_model(policy: Path, seed: int) -> PreTrainedModel:
     The head is drawn from N(0, `HEAD_STD`^2), a function of `seed` alone; the global random numbers stay as they are.
     Raises `ArtifactError` as `load_policy` does, `ExperimentError` for a family without such a head in transformers.
     """
-    _architecture(_json(policy / "config.json"), policy, "policy")
+    _architecture(json_object(policy / "config.json"), policy, "policy")
     model = _headed(policy, "reward_model", seed)
     model.config.reward_bias = 0.0
     return model
@@ -248,7 +248,7 @@ def save(model: Any, tokenizer: Any, path: Path) -> None:
         else:
             model.config.pad_token_id, tokenizer.pad_token = kept_pad, kept_token
     written = path / "tokenizer_config.json"
-    settings = {name: value for name, value in _json(written).items() if name not in HOW_IT_WAS_LOADED}
+    settings = {name: value for name, value in json_object(written).items() if name not in HOW_IT_WAS_LOADED}
     written.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -264,18 +264,6 @@ class _Tensor:
     shape: tuple[int, ...]
     elements: int
     dtype: str
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"a checkpoint has a {path.name}, this one has none", where=str(path.parent)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"not a JSON object but a {type(content).__name__}", where=str(path))
-    return content
 
 
 def _ends(*given: int | list[int] | None) -> list[int]:
@@ -312,7 +300,7 @@ def _architecture(config: dict[str, Any], path: Path, kind: Kind) -> str:
 
 def _kind(path: Path) -> Kind:
     """What the checkpoint says it is."""
-    config = _json(path / "config.json")
+    config = json_object(path / "config.json")
     found = (config.get("architectures") or ["nothing"])[0]
     for kind, sort in _SORTS.items():
         if found in sort.families.values():
@@ -336,7 +324,7 @@ def _load(path: Path, kind: Kind, dtype: Dtype) -> PreTrainedModel:
 def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
     """Load what is there in float32 and draw what is missing of a head with one output."""
     sort, do = _SORTS[kind], "take a policy of another family, such as qwen3 or llama"
-    family = _json(path / "config.json").get("model_type")
+    family = json_object(path / "config.json").get("model_type")
     if family not in sort.families:
         what = f"no {sort.name} can be made of a {family}: transformers has no {sort.is_a[2:]} of that family"
         raise ExperimentError(what, where=str(path), do=do)
@@ -344,7 +332,7 @@ def _headed(path: Path, kind: Kind, seed: int) -> PreTrainedModel:
     config.num_labels = 1
     if (path / "generation_config.json").exists():
         # A model with a head has no such file, and none of these may pad it.
-        ends = _ends(config.eos_token_id, _json(path / "generation_config.json").get("eos_token_id"))
+        ends = _ends(config.eos_token_id, json_object(path / "generation_config.json").get("eos_token_id"))
         config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     with torch.random.fork_rng(devices=[]), _no_load_report():
         model, missing = _open(path, sort, torch.float32, config=config)
@@ -371,9 +359,9 @@ def _open(path: Path, sort: _Sort, dtype: Any, config: Any = None) -> tuple[Any,
 def _check_tokenizer(path: Path) -> None:
     if not any((path / name).exists() for name in VOCABULARIES):
         raise ArtifactError(f"no tokenizer: none of {', '.join(VOCABULARIES)}", where=str(path))
-    _json(path / "tokenizer_config.json")
+    json_object(path / "tokenizer_config.json")
     if (path / "tokenizer.json").exists():
-        _json(path / "tokenizer.json")
+        json_object(path / "tokenizer.json")
 
 
 def _read_tensors(path: Path) -> dict[str, _Tensor]:
@@ -388,7 +376,7 @@ def _read_tensors(path: Path) -> dict[str, _Tensor]:
                 raise ArtifactError(f"{name} is also in {home[name]}", where=str(file))
             home[name], tensors[name] = file.name, tensor
     if (path / INDEX).exists():
-        for name, promised in _json(path / INDEX).get("weight_map", {}).items():
+        for name, promised in json_object(path / INDEX).get("weight_map", {}).items():
             if home.get(name) != promised:
                 raise ArtifactError(f"the index promises {name} in {promised}", where=str(path / INDEX))
     return tensors

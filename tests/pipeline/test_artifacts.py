@@ -382,14 +382,15 @@ def test_a_reward_model_or_critic_from_elsewhere_must_say_that_it_is_one(tmp_pat
     config.write_text(json.dumps({"architectures": [architecture]}))
     adopted = Artifact.open(tmp_path, contract)
     assert (adopted.manifest.kind, adopted.manifest.stage, adopted.contract) == (contract.name, "elsewhere", contract)
-    for text in (json.dumps({"architectures": [other]}), '{"architectures": null}', "{}", "[]"):
+    for text in (json.dumps({"architectures": [other]}), '{"architectures": null}', "{}"):
         config.write_text(text)
         with pytest.raises(ArtifactError, match=f"not a {contract.name}") as caught:
             Artifact.open(tmp_path, contract)
         assert (caught.value.where, f"`{contract.name}` artifact" in caught.value.do) == (str(config), True)
-    config.write_bytes(b"\xff{")
-    with pytest.raises(ArtifactError, match="not valid JSON"):
-        Artifact.open(tmp_path, contract)
+    for content, fault in ((b"\xff{", "not valid JSON"), (b"[]", "not a JSON object but a list")):
+        config.write_bytes(content)
+        with pytest.raises(ArtifactError, match=fault):
+            Artifact.open(tmp_path, contract)
 
 
 @pytest.mark.parametrize("made", [POLICY, REWARD_MODEL, CRITIC], ids=lambda contract: contract.name)

@@ -135,6 +135,9 @@ def test_end_tokens_of_generation_config_end_a_turn_too(with_template, tmp_path)
         assert chat.stop_ids == tuple(sorted({pad, chat.tokenizer.eos_token_id}))
         tokens, mask = chat.demonstration([USER, REPLY])
         assert written(chat, tokens, mask) == [REPLY["content"] + "<pad>"]
+    (tmp_path / "checkpoint" / "generation_config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        assert Chat(tmp_path / "checkpoint").stop_ids
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(with_template, tmp_path):
