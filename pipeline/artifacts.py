@@ -260,6 +260,24 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns, use_threads=file.metadata.num_rows >= MANY)
 
 
+def write_part(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file; dictionaries of floating numbers, which hardly come again, would cost time and room."""
+    coded = [leaf for field in table.schema for leaf, kind in _leaves(field) if not pa.types.is_floating(kind)]
+    pq.write_table(table, path, compression="zstd", use_dictionary=coded)
+
+
+def _leaves(field: pa.Field, above: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Columns as Parquet has them: their path and what is in them."""
+    name = above + field.name
+    if pa.types.is_list(field.type):
+        yield from _leaves(field.type.value_field.with_name("element"), f"{name}.list.")
+    elif pa.types.is_struct(field.type):
+        for inner in field.type.fields:
+            yield from _leaves(inner, f"{name}.")
+    else:
+        yield name, field.type
+
+
 def _part_again(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """A part of a table, which several stages read; a small one that is what it was is read once, whole."""
     if path.stat().st_size > SMALL:
@@ -443,7 +461,7 @@ class Outbox:
         conformed = self.contract.conform(table, str(self.target))
         self.contract.check(conformed, str(self.target))
         temporary = self._part(index).with_suffix(".tmp")
-        pq.write_table(conformed, temporary, compression="zstd")
+        write_part(conformed, temporary)
         flush(temporary)
         hashed = _hash_of(temporary)
         self._note({self._part(index).name: hashed})

@@ -23,8 +23,10 @@ from pipeline.artifacts import (
     file_record,
     fingerprint_of,
     place_of,
+    read_part,
+    write_part,
 )
-from pipeline.contracts import CRITIC, DOCUMENTS, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
+from pipeline.contracts import CRITIC, DOCUMENTS, MESSAGES, POLICY, PROMPTS, REWARD_MODEL, ROLLOUTS
 from pipeline.disk import identity
 from pipeline.errors import ArtifactError, BusyError, ContractError, StorageError
 
@@ -267,6 +269,28 @@ def test_a_part_that_is_gone_is_refused(tmp_path):
     (made.path / "part-00000.parquet").unlink()
     with pytest.raises(ArtifactError, match="unreadable part"):
         Artifact.open(made.path).table()
+
+
+def test_only_what_comes_again_has_a_dictionary_in_a_part(tmp_path):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    rows = [
+        {"name": f"n{i % 3}", "turns": turns, "tokens": [i % 2, 1], "logprobs": [-float(i), -0.5], "reward": float(i)}
+        for i in range(400)
+    ]
+    schema = pa.schema({
+        "name": pa.string(), "turns": MESSAGES, "tokens": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()),
+        "reward": pa.float64(),
+    })  # fmt: skip
+    write_part(pa.Table.from_pylist(rows, schema), tmp_path / "x.parquet")
+    group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    coded = {column.path_in_schema: "RLE_DICTIONARY" in column.encodings for column in columns}
+    assert coded == {
+        "name": True, "turns.list.element.role": True, "turns.list.element.content": True, "tokens.list.element": True,
+        "logprobs.list.element": False, "reward": False,
+    }  # fmt: skip
+    assert {column.compression for column in columns} == {"ZSTD"}
+    assert read_part(tmp_path / "x.parquet").to_pylist() == rows
 
 
 def test_a_small_part_is_read_once_while_it_is_what_it_was(tmp_path, monkeypatch):
