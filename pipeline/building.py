@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -44,12 +45,30 @@ def built(loader: Any, checkpoint: Path, dtype: Any, config: Any = None) -> tupl
         _align(model)
     missing = set(loading["missing_keys"])
     if alike is not None and not missing and _holds(model, checkpoint):
-        _templates[loader, dtype, alike] = _emptied(model)
+        _made_of[model] = _templates[loader, dtype, alike] = _emptied(model)
     return model, missing
+
+
+def refilled(model: Any, loader: Any, checkpoint: Path, dtype: Any) -> bool:
+    """Give a model the weights of a checkpoint, where it lies, if `built` would make one that differs in them alone.
+
+    Returns whether it would. Raises what `built` raises; the model is of no use then.
+    """
+    alike = _alike(checkpoint)
+    if alike is None or model not in _made_of or _made_of[model] is not _templates.get((loader, dtype, alike)):
+        return False
+    own = model.state_dict()
+    with Tensors(checkpoint) as tensors, copying(of.shape for of in own.values()):
+        for name in tensors.names():
+            own[name].copy_(tensors.whole(name))
+    model.config._name_or_path = str(checkpoint)  # as from_pretrained has it
+    return True
 
 
 _templates: dict[tuple[Any, ...], Any] = {}
 """Models without weights, by what their checkpoints have in common."""
+_made_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Model -> the one without weights that it is a copy of."""
 
 
 def _alike(checkpoint: Path) -> tuple[Any, ...] | None:
@@ -98,6 +117,7 @@ def _filled(template: Any, checkpoint: Path) -> Any:
             found[id(of)] = _as_is(of, tensors.whole(name).to(of.dtype, copy=True))
     model = twin(template, found)
     model.config._name_or_path = str(checkpoint)  # as from_pretrained has it
+    _made_of[model] = template
     return model
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.building import built
+from pipeline.building import built, refilled
 from pipeline.engines import (
     GREEDY,
     Completion,
@@ -48,11 +48,13 @@ class TransformersEngine:
         """Read the weights; refuse a checkpoint that leaves any of the model's tensors unset."""
         ensure_open(self)
         with fatal(self, "loading the checkpoint", checkpoint):
-            self._model = None
-            model, missing = built(AutoModelForCausalLM, checkpoint, _dtype(self.options.dtype))
-            if missing:
-                raise EngineError(f"no tensor for {sorted(missing)}", where=str(checkpoint))
-            self._model = model.to(self.device)
+            asked = (AutoModelForCausalLM, checkpoint, _dtype(self.options.dtype))
+            if self._model is None or not refilled(self._model, *asked):
+                self._model = None  # before there are two
+                self._model, missing = built(*asked)
+                if missing:
+                    raise EngineError(f"no tensor for {sorted(missing)}", where=str(checkpoint))
+            self._model.to(self.device)
 
     def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time.

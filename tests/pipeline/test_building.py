@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pipeline import building
-from pipeline.building import built
+from pipeline.building import built, refilled
 from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, load_policy, save
 from pipeline.models.forward import PACKED, response_logprobs
 from pipeline.models.fresh import ModelSpec, create
@@ -123,6 +123,27 @@ def test_models_have_weights_of_their_own(pairs):
     another = built(AutoModelForCausalLM, pairs["untied"][0], torch.float32)[0]
     same(kept, theirs(AutoModelForCausalLM, pairs["untied"][0]))
     same(another, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
+def test_a_model_is_given_the_weights_of_another_where_it_lies(pairs, opened, dtype):
+    (first, second), loader = pairs["untied"], AutoModelForCausalLM
+    for model in (built(loader, first, dtype)[0], built(loader, first, dtype)[0]):  # transformers' own, and a copy
+        places = [of.data_ptr() for of in model.state_dict().values()]
+        assert refilled(model, loader, second, dtype)
+        same(model, theirs(loader, second, dtype))
+        assert [of.data_ptr() for of in model.state_dict().values()] == places
+        assert model.config._name_or_path == str(second)
+    assert opened[:1] == [first] and first not in opened[1:]
+
+
+def test_a_model_that_is_not_alike_is_given_nothing(pairs):
+    (first, second), loader = pairs["untied"], AutoModelForCausalLM
+    model = built(loader, first, torch.float32)[0]
+    assert not refilled(model, loader, pairs["tied"][1], torch.float32)
+    assert not refilled(model, loader, second, torch.bfloat16)
+    assert not refilled(theirs(loader, first), loader, second, torch.float32), "another's model"
+    same(model, theirs(loader, first))
 
 
 @pytest.mark.parametrize("change", ["config", "generation", "dtype", "names", "loader", "wanted"])
