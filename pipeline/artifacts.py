@@ -22,6 +22,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -29,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -56,6 +59,8 @@ PRUNED = "PRUNED"
 """Empty file in a checkpoint whose weights were deleted; its manifest tells what they were."""
 SMALL = 2**18
 """Bytes of a Parquet file that is kept in memory once it was read: of a few thousand short responses."""
+LARGE = 2**20
+"""Bytes of a file from which on a thread that hashes it is worth its start."""
 MANY = 10_000
 """Rows of a Parquet file from which on several threads are worth their start."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
@@ -210,6 +215,7 @@ class Artifact:
         """
         found = []
         storage.complete(self.path, self.manifest.files)
+        _hash_side_by_side(self.path / name for name, record in self.manifest.files.items() if record.bytes >= LARGE)
         for name, record in sorted(self.manifest.files.items()):
             path = self.path / name
             try:
@@ -303,7 +309,7 @@ def _adopt_checkpoint(path: Path, contract: Contract) -> Manifest:
             f"name a Hugging Face model directory, or a `{contract.name}` artifact of a run",
         )
     _refuse_another_kind(path, contract)
-    files = _file_records(path, about=_ABOUT_THE_MAKING - {CARD})  # its card is not ours
+    files = _file_records(path, _names_in(path, but=_ABOUT_THE_MAKING - {CARD}))  # its card is not ours
     digest = digest_of(files)
     return Manifest(
         kind=contract.name, contract=contract.version, stage="elsewhere", version=0, fingerprint=digest,
@@ -356,12 +362,23 @@ def _hashed(path: Path) -> str:
 _hash_of = Unchanged(_hashed, most=100_000)
 
 
-def _file_records(
-    directory: Path, without: Path | None = None, about: frozenset[str] = _ABOUT_THE_MAKING
-) -> dict[str, FileRecord]:
+def _hash_side_by_side(paths: Iterable[Path]) -> None:
+    """Hash on all cores what is not known yet; what cannot be read is told to whoever asks for its hash."""
+    with suppress(OSError), ThreadPoolExecutor(os.cpu_count()) as pool:
+        new = [path for path in paths if path not in _hash_of]
+        if len(new) > 1:
+            list(pool.map(_hash_of, new))
+
+
+def _file_records(directory: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    _hash_side_by_side(path for name in names if (path := directory / name).stat().st_size >= LARGE)
+    return {name: file_record(directory / name) for name in names}
+
+
+def _names_in(directory: Path, without: Path | None = None, but: frozenset[str] = _ABOUT_THE_MAKING) -> list[str]:
+    """Files below `directory` that say what was made, from there; none below `without`."""
     paths = [path for path in directory.rglob("*") if path.is_file() and without not in path.parents]
-    names = sorted(path.relative_to(directory).as_posix() for path in paths)
-    return {name: file_record(directory / name) for name in names if name not in about}
+    return sorted({path.relative_to(directory).as_posix() for path in paths} - but)
 
 
 def place_of(path: Path) -> tuple[str, int | None]:
@@ -489,7 +506,11 @@ class Outbox:
         self.stats["seconds"] = round(time.monotonic() - self._started, 3)
         self.metrics.add("time/seconds", self.stats["seconds"], "s")
         self.metrics.write(self.path / METRICS_FILE)
-        files = _file_records(self.path, self.working)
+        names = _names_in(self.path, self.working)
+        with ThreadPoolExecutor(1) as pool:  # the disk takes about as long as the cores
+            flushed = pool.map(flush, [self.path / name for name in names if name not in self.written])
+            files = _file_records(self.path, names)
+            list(flushed)
         self._check_complete(files)
         if self.contract.is_table:
             self.stats["rows"] = sum(record.rows or 0 for record in files.values())
@@ -503,8 +524,7 @@ class Outbox:
         (self.path / CARD).write_text(about, encoding="utf-8")
         temporary = self.path / f"{MANIFEST}.tmp"
         temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in (*(self.path / name for name in files if name not in self.written), temporary):
-            flush(path)  # but not what the manifest does not answer for
+        flush(temporary)
         temporary.rename(self.path / MANIFEST)
         _manifest.learn(self.path / MANIFEST, manifest)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))

@@ -41,6 +41,10 @@ class Unchanged(Generic[Made]):
         self._keep(key, made)
         return made
 
+    def __contains__(self, path: Path) -> bool:
+        """Whether it is known. Raises `OSError` where there is no file."""
+        return identity(path) in self._kept
+
     def learn(self, path: Path, made: Made) -> None:
         """Be told what is in it by whoever has written the file."""
         self._keep(identity(path), made)

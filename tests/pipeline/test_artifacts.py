@@ -1,5 +1,7 @@
 """Artifacts: whole or absent, named by what they were made from and by what they hold."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import artifacts
 from pipeline.artifacts import (
     Artifact,
     InputRecord,
@@ -207,6 +210,52 @@ def test_of_two_computations_the_second_loses_and_the_first_stays(tmp_path):
     slow.discard()
     assert Artifact.open(tmp_path / "x") == won
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def checkpoint_of(target, files):
+    out = outbox(target, contract=POLICY)
+    for name, content in files.items():
+        (out.path / name).parent.mkdir(exist_ok=True)
+        (out.path / name).write_bytes(content)
+    return out
+
+
+def test_all_that_a_manifest_answers_for_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, there = [], artifacts.flush
+    monkeypatch.setattr(artifacts, "flush", lambda path: flushed.append(path.name) or there(path))
+    large = {f"{name}.safetensors": name.encode() * (artifacts.LARGE + 1) for name in "abc"}
+    out = checkpoint_of(tmp_path / "policy", {**large, "config.json": b"{}", "more/x.txt": b"x"})
+    scratch = out.path.name
+    made = out.commit()
+    last = ["manifest.json.tmp", scratch, tmp_path.name]
+    assert sorted(flushed[:-3]) == sorted([*large, "config.json", "x.txt"]) and flushed[-3:] == last
+    for name, record in made.manifest.files.items():
+        content = (made.path / name).read_bytes()
+        assert (record.bytes, record.blake2b) == (len(content), hashlib.blake2b(content, digest_size=32).hexdigest())
+
+
+def test_what_the_disk_refuses_to_keep_is_not_committed(tmp_path, monkeypatch):
+    out = checkpoint_of(tmp_path / "policy", {"config.json": b"{}", "model.safetensors": b"x"})
+
+    def refused(path):
+        if path.name == "config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(artifacts, "flush", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        out.commit()
+    out.close()
+    assert not (tmp_path / "policy").exists() and not (out.path / "manifest.json").exists()
+
+
+def test_large_files_that_were_damaged_are_found_whatever_else_is_gone(tmp_path):
+    large = {f"{name}.safetensors": name.encode() * (artifacts.LARGE + 1) for name in "abcd"}
+    made = checkpoint_of(tmp_path / "policy", large).commit()
+    (made.path / "a.safetensors").unlink()
+    for name, change in (("b", b"?"), ("c", b"c")):
+        content = (made.path / f"{name}.safetensors").read_bytes()
+        (made.path / f"{name}.safetensors").write_bytes(content[:-1] + change)
+    assert made.faults() == ["a.safetensors: gone", "b.safetensors: other bytes than it was made with"]
 
 
 def test_of_two_writers_of_one_computation_the_second_does_not_start(tmp_path):
