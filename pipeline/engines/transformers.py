@@ -54,7 +54,6 @@ class TransformersEngine:
                 self._model, missing = built(*asked)
                 if missing:
                     raise EngineError(f"no tensor for {sorted(missing)}", where=str(checkpoint))
-            self._model.to(self.device)
 
     def generate(self, request: Request, plan: Sampling, then: Request | None = None) -> Iterator[Completion]:
         """Yield responses as they are finished, a batch of `max_num_seqs` rows (whole groups) at a time.

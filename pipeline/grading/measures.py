@@ -17,7 +17,7 @@ def accuracies(gold: Sequence[Judgement | None]) -> dict[str, float]:
     if not right:
         return {}
     return {
-        "accuracy/mean": float(np.mean(right)),
+        "accuracy/mean": sum(right) / len(right),
         "accuracy/pass_at_k": float(any(right)),
         "accuracy/majority_at_k": float(majority_right(judged)),
     }

@@ -89,7 +89,7 @@ def shard(model: Any) -> Any:
     """
     settle(model)
     if count() == 1:
-        return model.to(device())
+        return model if model.device == device() else model.to(device())
     mesh = _mesh(device().type)
     whole_layers = set(model._no_split_modules or ())  # transformers has no public name for them
     for module in model.modules():
