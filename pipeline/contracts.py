@@ -156,10 +156,10 @@ class Contract:
     def _null_faults(self, table: pa.Table) -> Iterator[Fault]:
         for field in (f for f in self.fields if f.name in table.column_names):
             column = table[field.name]
-            if not field.null:
+            if not field.null and column.null_count:
                 yield Fault(field.name, "null", _where(pc.is_null(column)))
-            if pa.types.is_list(field.type):
-                yield Fault(field.name, "null element", _rows_with(column, _where(pc.is_null(pc.list_flatten(column)))))
+            if pa.types.is_list(field.type) and (elements := pc.list_flatten(column)).null_count:
+                yield Fault(field.name, "null element", _rows_with(column, _where(pc.is_null(elements))))
 
     def _keys(self, table: pa.Table, rows: np.ndarray) -> list[tuple[object, ...]]:
         if not self.key or not rows.any():
@@ -169,7 +169,7 @@ class Contract:
 
 
 def _where(mask: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(pc.fill_null(mask, False).to_numpy(), dtype=bool)
+    return np.asarray((pc.fill_null(mask, False) if mask.null_count else mask).to_numpy(), dtype=bool)
 
 
 def _rows_with(column: pa.ChunkedArray, bad_elements: np.ndarray) -> np.ndarray:
@@ -235,10 +235,10 @@ def _elements(column: str, what: str, bad: Callable[[np.ndarray], np.ndarray]) -
         if column not in table.column_names:
             return
         data = table[column]
-        if pa.types.is_list(data.type):
-            yield Fault(column, what, _rows_with(data, bad(_plain(pc.list_flatten(data)))))
-        else:
-            yield Fault(column, what, bad(_plain(data)))
+        of_list = pa.types.is_list(data.type)
+        found = bad(_plain(pc.list_flatten(data) if of_list else data))
+        if found.any():
+            yield Fault(column, what, _rows_with(data, found) if of_list else found)
 
     return invariant
 
