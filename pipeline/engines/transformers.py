@@ -79,7 +79,7 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Move the weights to the host; `generate` moves them back."""
         ensure_open(self)
-        self._model.to("cpu")
+        self._move(torch.device("cpu"))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -88,9 +88,13 @@ class TransformersEngine:
         self.closed = True
         self._model = None
 
+    def _move(self, device: torch.device) -> None:
+        if self._model.device != device:
+            self._model.to(device)
+
     def _batches(self, request: Request, plan: Sampling) -> Iterator[Completion]:
         prompts, seeds, done = request
-        self._model.to(self.device)
+        self._move(self.device)
         deadline = time.monotonic() + self.options.timeout
         groups = max(1, self.options.max_num_seqs // (plan.beams or len(plan.samples)))
         kind = _SampledBatch if plan.beams is None else _SearchedBatch
