@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from pydantic import Field
 
-from pipeline.algorithms.lots import lots, row_sums
+from pipeline.algorithms.lots import each_lot, row_sums
 from pipeline.algorithms.shelf import Shelf
 
 
@@ -90,9 +90,12 @@ def greedy_baseline(
     if credit == "response":
         return _on_every_token(row_sums(rewards, mask) - greedy, rewards, mask)
     advantages = np.zeros_like(rewards)
-    for lot in lots(mask.shape):
+
+    def fill(lot: slice) -> None:
         to_go = _discounted(rewards[lot], mask[lot], 1.0)
         advantages[lot] = np.where(mask[lot], to_go - greedy[lot, None], 0.0)
+
+    each_lot(mask.shape, fill)
     return Credit(advantages)
 
 
@@ -111,8 +114,11 @@ def reward_to_go(
     b178a3cd lets no credit of REINFORCE++ cross a hole in the mask; since 8a1bf6d5b it crosses, as here.
     """
     to_go = np.zeros_like(rewards)
-    for lot in lots(mask.shape):
+
+    def fill(lot: slice) -> None:
         to_go[lot] = _discounted(rewards[lot], mask[lot], gamma)
+
+    each_lot(mask.shape, fill)
     return Credit(to_go, to_go)
 
 
@@ -147,7 +153,8 @@ def gae(
     lm-human-preferences and TRL have lam = 0.95, verl and OpenRLHF 3c3be623 have 1 unless told otherwise.
     """
     advantages, returns = np.zeros_like(rewards), np.zeros_like(rewards)
-    for lot in lots(mask.shape):
+
+    def fill(lot: slice) -> None:
         here = mask[lot]
         lengths = np.maximum(here.sum(axis=1), 1)
         per_row = np.full(len(here), lam) if adapt is None else np.maximum(1 - 1 / (adapt * lengths), 0.0)
@@ -156,6 +163,8 @@ def gae(
             taught = _estimated(rewards[lot], values[lot], here, gamma, np.full(len(here), critic_lam))
         advantages[lot] = advantage
         returns[lot] = np.where(here, taught + values[lot], 0.0)
+
+    each_lot(mask.shape, fill)
     return Credit(advantages, returns)
 
 
@@ -175,7 +184,8 @@ def _on_every_token(
     credit: Float[np.ndarray, " B"], rewards: Float[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]
 ) -> Credit:
     advantages = np.zeros_like(rewards)
-    np.copyto(advantages, credit.astype(rewards.dtype)[:, None], where=mask)
+    each = credit.astype(rewards.dtype)[:, None]
+    each_lot(mask.shape, lambda lot: np.copyto(advantages[lot], each[lot], where=mask[lot]))
     return Credit(advantages)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
-from pipeline.algorithms.lots import lots, row_sums
+from pipeline.algorithms.lots import each_lot, row_sums
 from pipeline.algorithms.moments import Moments
 from pipeline.algorithms.shelf import Shelf, gathered_by
 
@@ -39,8 +39,11 @@ def group_std(
     std = np.sqrt(squares / np.maximum(sizes - ddof, 1))[index, None]
     divisor = np.where(std + eps > 0, std + eps, 1.0)
     scaled = np.zeros_like(advantages)
-    for lot in lots(mask.shape):
+
+    def fill(lot: slice) -> None:
         scaled[lot] = np.where(mask[lot], advantages[lot] / divisor[lot], 0.0)
+
+    each_lot(mask.shape, fill)
     return scaled
 
 
@@ -83,12 +86,15 @@ def whiten(
     moments = moments_of(advantages, mask, over=over) if gathered is None else gathered
     scale = np.sqrt(moments.variance(ddof) + eps)
     whitened = np.zeros_like(advantages)
-    for lot in lots(mask.shape):
+
+    def fill(lot: slice) -> None:
         scaled = advantages[lot].astype(np.float64)
         scaled -= moments.mean
         scaled /= scale
         scaled += 0.0 if center else moments.mean
         np.copyto(whitened[lot], scaled, where=mask[lot], casting="same_kind")
+
+    each_lot(mask.shape, fill)
     return whitened
 
 
