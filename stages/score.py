@@ -23,15 +23,18 @@ from pipeline import ragged
 from pipeline.algorithms.bind import bind
 from pipeline.artifacts import Artifact, Outbox
 from pipeline.contracts import CRITIC, LABELS, POLICY, REWARD_MODEL, ROLLOUTS, SCORES
+from pipeline.disk import FileIdentity
 from pipeline.errors import ArtifactError, ContractError, InputError, NumericsError
 from pipeline.experiment import Experiment
 from pipeline.metrics import console
 from pipeline.models import checkpoint
+from pipeline.models.abreast import large
 from pipeline.models.device import give_back
 from pipeline.models.distributed import shard, together
 from pipeline.models.forward import packs, response_logprobs, response_scores, response_values
 from pipeline.models.precision import computing
 from pipeline.packing import numbered
+from pipeline.ranks import count
 from pipeline.shards import spread
 from pipeline.stage import ModelSettings, stage
 from pipeline.text import Chat
@@ -193,27 +196,41 @@ class Reading:
     @cached_property
     def model(self) -> tuple[nn.Module, Reader]:
         """Who fills the column, and how."""
-        loaded, reader = self._loaded()
-        return shard(computing(loaded, self.settings.compute_dtype)), reader
+        which = checkpoint.identities(self.model_at)
+        known, model = _small.pop(self.need, (None, None))
+        if model is None or known != which:
+            model = self._loaded()
+        if count() == 1 and not large(model):
+            _small[self.need] = which, model
+        return shard(computing(model, self.settings.compute_dtype)), self._reader()
 
-    def _loaded(self) -> tuple[nn.Module, Reader]:
+    def _loaded(self) -> Any:
         if self.need == "values":
-            critic = checkpoint.load_critic(self.model_at, "float32")
-            return critic, lambda model, prompts, responses: response_values(model, prompts, responses).values
+            return checkpoint.load_critic(self.model_at, "float32")
         if self.need == "reward_scores":
-            return checkpoint.load_reward_model(self.model_at, "float32"), response_scores
+            return checkpoint.load_reward_model(self.model_at, "float32")
+        return checkpoint.load_policy(self.model_at, "float32")
+
+    def _reader(self) -> Reader:
+        if self.need == "values":
+            return lambda model, prompts, responses: response_values(model, prompts, responses).values
+        if self.need == "reward_scores":
+            return response_scores
         reader = partial(response_logprobs, temperature=self.settings.temperature)
-        policy = checkpoint.load_policy(self.model_at, "float32")
-        return policy, lambda model, prompts, responses: reader(model, prompts, responses).logprobs
+        return lambda model, prompts, responses: reader(model, prompts, responses).logprobs
 
     def __call__(self, part: pa.Table) -> pa.Array:
         """The column of a part."""
         return read(*self.model, part, self.settings.micro_batch_tokens)
 
     def rest(self) -> None:
-        """Drop the model, and leave its memory to whoever computes next on this device."""
+        """Drop the model unless it is small, and leave its memory to whoever computes next on this device."""
         vars(self).pop("model", None)
         give_back()
+
+
+_small: dict[str, tuple[tuple[FileIdentity, ...], nn.Module]] = {}
+"""Column -> the files of the model that filled it last, and the model: a reference is the same in each iteration."""
 
 
 @stage(writes=SCORES, version=1, hardware="gpu", ranks=True, shards=True)

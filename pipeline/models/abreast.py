@@ -30,7 +30,7 @@ on at once has a gradient of its own: 20 million weights read 1.6 times as fast 
 
 def lanes(model: nn.Module) -> int:
     """How many pieces a model is to work on at once: one on an accelerator, under torchrun, and where it is large."""
-    if device().type != "cpu" or count() > 1 or _large(model):
+    if device().type != "cpu" or count() > 1 or large(model):
         return 1
     return min(torch.get_num_threads(), MOST_LANES)
 
@@ -38,10 +38,11 @@ def lanes(model: nn.Module) -> int:
 def settle(model: nn.Module) -> None:
     """Have memory that is freed on a processor kept for a small model, and given back by a large one."""
     if device().type == "cpu":
-        (heaps.keep_nothing if _large(model) else heaps.keep)()
+        (heaps.keep_nothing if large(model) else heaps.keep)()
 
 
-def _large(model: nn.Module) -> bool:
+def large(model: nn.Module) -> bool:
+    """Whether it has so many weights that its operations are worth being split, and its memory is worth being saved."""
     return sum(of.numel() for of in model.parameters()) > MOST_WEIGHTS
 
 

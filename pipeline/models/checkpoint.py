@@ -114,13 +114,18 @@ def inspect(path: Path, kind: Kind = "policy") -> CheckpointFacts:
     """
     if not path.is_dir():
         raise ArtifactError("no such checkpoint directory", where=str(path))
-    files = (kind, *sorted(identity(file) for file in path.iterdir() if file.is_file()))
-    if files not in _inspected:
-        _inspected[files] = _inspect(path, kind)
-    return _inspected[files]
+    which = (kind, identities(path))
+    if which not in _inspected:
+        _inspected[which] = _inspect(path, kind)
+    return _inspected[which]
 
 
-_inspected: dict[tuple[Kind | FileIdentity, ...], CheckpointFacts] = {}
+def identities(path: Path) -> tuple[FileIdentity, ...]:
+    """Those of a checkpoint's files: the same while the model is."""
+    return tuple(sorted(identity(file) for file in path.iterdir() if file.is_file()))
+
+
+_inspected: dict[tuple[Kind, tuple[FileIdentity, ...]], CheckpointFacts] = {}
 
 
 def _inspect(path: Path, kind: Kind) -> CheckpointFacts:

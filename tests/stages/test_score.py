@@ -16,6 +16,7 @@ from pipeline.algorithms.bind import bind
 from pipeline.contracts import LABELS, ROLLOUTS
 from pipeline.errors import ArtifactError, ContractError, ExperimentError, InputError
 from pipeline.experiment import Experiment
+from pipeline.models import abreast, checkpoint
 from pipeline.models.checkpoint import fresh_critic, fresh_reward_model, save
 from pipeline.models.fresh import ModelSpec, create
 from pipeline.text import Chat
@@ -88,6 +89,33 @@ def test_the_same_twice(scores, rollouts, labels, policy, other_policy, tmp_path
         policy=policy.path, reference=other_policy,
     )  # fmt: skip
     assert again.manifest.digest == scores.manifest.digest
+
+
+@pytest.mark.parametrize("most", [4_000_000, 0], ids=["small", "large"])
+def test_a_small_model_is_read_once_while_it_is_what_it_was(rollouts, other_policy, tmp_path, monkeypatch, most):
+    load, loaded = checkpoint.load_policy, []
+    monkeypatch.setattr(checkpoint, "load_policy", lambda path, dtype: loaded.append(path.name) or load(path, dtype))
+    monkeypatch.setattr(abreast, "MOST_WEIGHTS", most)
+    monkeypatch.setattr("stages.score._small", {})
+    shutil.copytree(other_policy, tmp_path / "reference")
+
+    def column(out, **changes):
+        made = score.run(
+            tmp_path / out, settings("ref_logprobs", **changes), rollouts=[rollouts.path],
+            reference=tmp_path / "reference",
+        )  # fmt: skip
+        return np.concatenate(made.table()["ref_logprobs"].to_pylist())
+
+    first, again, colder = column("a"), column("b", micro_batch_tokens=100), column("c", temperature=0.5)
+    np.testing.assert_allclose(first, again, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(first, colder, atol=0.1)
+    assert len(loaded) == (1 if most else 3)
+    model, tokenizer = load(other_policy, "float32"), Chat(other_policy).tokenizer
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2.0)
+    save(model, tokenizer, tmp_path / "reference")
+    assert not np.allclose(first, column("d"), atol=0.1), "another model in its place"
+    assert len(loaded) == (2 if most else 4)
 
 
 def test_a_model_that_is_needed_and_not_named(rollouts, policy, tmp_path):
