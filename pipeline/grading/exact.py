@@ -1,6 +1,7 @@
 """String equality after the last final-answer mark."""
 
 import re
+from functools import lru_cache
 from typing import ClassVar
 
 MARK = re.compile(r";|####|\b[Aa]nswer:|\bANSWER:|\bA:")
@@ -18,13 +19,20 @@ class ExactGrader:
 
     def extract(self, text: str) -> str | None:
         """Return the text after the last mark; None when nothing is there."""
-        return MARK.split(text)[-1].strip() or None
+        return _marked(text)
 
     def readable(self, reference: str) -> bool:
         """Return whether the reference holds any answer."""
-        return self.extract(reference) is not None
+        return _expected(reference) is not None
 
     def same(self, answer: str, reference: str) -> bool:
         """Return whether the two strings are equal character by character."""
-        expected = self.extract(reference)
+        expected = _expected(reference)
         return expected is not None and answer.strip() == expected
+
+
+def _marked(text: str) -> str | None:
+    return MARK.split(text)[-1].strip() or None
+
+
+_expected = lru_cache(maxsize=4096)(_marked)  # a reference is that of many responses
