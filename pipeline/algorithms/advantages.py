@@ -156,8 +156,9 @@ def gae(
 
     def fill(lot: slice) -> None:
         here = mask[lot]
-        lengths = np.maximum(here.sum(axis=1), 1)
-        per_row = np.full(len(here), lam) if adapt is None else np.maximum(1 - 1 / (adapt * lengths), 0.0)
+        per_row = np.full(len(here), lam)
+        if adapt is not None:
+            per_row = np.maximum(1 - 1 / (adapt * np.maximum(here.sum(axis=1), 1)), 0.0)
         advantage = taught = _estimated(rewards[lot], values[lot], here, gamma, per_row)
         if critic_lam is not None:
             taught = _estimated(rewards[lot], values[lot], here, gamma, np.full(len(here), critic_lam))
