@@ -126,8 +126,9 @@ def test_models_have_weights_of_their_own(pairs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
-def test_a_model_is_given_the_weights_of_another_where_it_lies(pairs, opened, dtype):
-    (first, second), loader = pairs["untied"], AutoModelForCausalLM
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_model_is_given_the_weights_of_another_where_it_lies(pairs, opened, kind, dtype):
+    (first, second), loader = pairs[kind], LOADERS[kind]
     for model in (built(loader, first, dtype)[0], built(loader, first, dtype)[0]):  # transformers' own, and a copy
         places = [of.data_ptr() for of in model.state_dict().values()]
         assert refilled(model, loader, second, dtype)
