@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,7 +47,7 @@ from pydantic import Field, ValidationError, field_validator
 from pipeline import storage
 from pipeline.cards import CARD, card
 from pipeline.contracts import CONTRACTS, Contract
-from pipeline.disk import Unchanged, flush, json_object, storage_error
+from pipeline.disk import FileIdentity, Unchanged, flush, identity, json_object, storage_error
 from pipeline.errors import ArtifactError, BusyError, ContractError
 from pipeline.locks import holder, this_process
 from pipeline.metrics import Metrics, console
@@ -63,6 +63,8 @@ LARGE = 2**20
 """Bytes of a file from which on a thread that hashes it is worth its start."""
 MANY = 10_000
 """Rows of a Parquet file from which on several threads are worth their start."""
+_AT_ONCE = (os.cpu_count() or 1) + 1
+"""Files of an artifact that are hashed or flushed at once: the disk takes about as long as a core."""
 _WORKING, _HOLDER, _FINISHED = "working", "holder.json", "parts.jsonl"
 _ABOUT_THE_MAKING = frozenset({MANIFEST, METRICS_FILE, LOG_FILE, PRUNED, CARD})
 _ARCHITECTURES = {"reward_model": "ForSequenceClassification", "critic": "ForTokenClassification"}
@@ -402,6 +404,10 @@ class Outbox:
     settings: dict[str, Any]
     inputs: dict[str, list[InputRecord]]
     stats: dict[str, float] = field(default_factory=dict)
+    _meanwhile: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(_AT_ONCE))
+    _settled: dict[Path, FileIdentity] = field(init=False, default_factory=dict)
+    _flushing: list[Future[None]] = field(init=False, default_factory=list)
+    _hashing: list[Future[str]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.path = scratch_of(self.target, self.fingerprint)
@@ -451,9 +457,9 @@ class Outbox:
             lines = (self.working / _FINISHED).read_text(encoding="utf-8").splitlines(keepends=True)
             noted = dict(json.loads(line) for line in lines if line.endswith("\n"))
         elif self.contract.is_table and (self.path / MANIFEST).exists():
-            files = Manifest.read(self.path).files
-            noted = {name: record.blake2b for name, record in files.items()}
-            self._note(noted)
+            with suppress(ArtifactError):  # a machine went down before all of it was on the disk
+                noted = {name: record.blake2b for name, record in Manifest.read(self.path).files.items()}
+                self._note(noted)
         return {name for name, made in noted.items() if _is_file_of(self.path / name, made)}
 
     def _note(self, made: Mapping[str, str]) -> None:
@@ -464,6 +470,7 @@ class Outbox:
 
     def close(self) -> None:
         """Let go of the scratch directory and leave it as it is."""
+        self._meanwhile.shutdown(cancel_futures=True)
         self._log.close()
 
     def shards(self, count: int) -> Iterator[int]:
@@ -486,6 +493,17 @@ class Outbox:
         _hash_of.learn(self._part(index), hashed)  # renaming a file changes its time of change, not its bytes
         self.written.add(self._part(index).name)
 
+    def settle(self) -> None:
+        """Have the files that are here put on the disk, and hashed, while the stage goes on to write others."""
+        for name in _names_in(self.path, self.working):
+            path = self.path / name
+            if name in self.written or self._settled.get(path) == (now := identity(path)):
+                continue
+            self._settled[path] = now
+            self._flushing.append(self._meanwhile.submit(flush, path))
+            if path.stat().st_size >= LARGE and path not in _hash_of:
+                self._hashing.append(self._meanwhile.submit(_hash_of, path))
+
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
         for path in sorted(self.path.glob("part-*.parquet")):
@@ -506,11 +524,9 @@ class Outbox:
         self.stats["seconds"] = round(time.monotonic() - self._started, 3)
         self.metrics.add("time/seconds", self.stats["seconds"], "s")
         self.metrics.write(self.path / METRICS_FILE)
-        names = _names_in(self.path, self.working)
-        with ThreadPoolExecutor(1) as pool:  # the disk takes about as long as the cores
-            flushed = pool.map(flush, [self.path / name for name in names if name not in self.written])
-            files = _file_records(self.path, names)
-            list(flushed)
+        self.settle()
+        _ended(self._hashing)
+        files = {name: file_record(self.path / name) for name in _names_in(self.path, self.working)}
         self._check_complete(files)
         if self.contract.is_table:
             self.stats["rows"] = sum(record.rows or 0 for record in files.values())
@@ -522,13 +538,12 @@ class Outbox:
         schema = pq.read_schema(self._part(0)) if self.contract.is_table else None
         about = card(manifest.model_dump(mode="json"), self.contract, schema, self.target.name)
         (self.path / CARD).write_text(about, encoding="utf-8")
-        temporary = self.path / f"{MANIFEST}.tmp"
-        temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        flush(temporary)
-        temporary.rename(self.path / MANIFEST)
+        _ended(self._flushing)
+        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _manifest.learn(self.path / MANIFEST, manifest)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))
         shutil.rmtree(self.working)  # not before: the manifest knows the parts as well
+        flush(self.path / MANIFEST)  # last, so that the directory has not changed since and costs the disk nothing
         flush(self.path)
         try:
             self.path.rename(self.target)
@@ -570,6 +585,12 @@ class Shadow(Outbox):
         """Throw everything away."""
         super().close()
         self._thrown_away.cleanup()
+
+
+def _ended(doing: Iterable[Future[Any]]) -> None:
+    """Wait for all of it. Raises what the first that failed has raised."""
+    for one in doing:
+        one.result()
 
 
 def scratch_of(target: Path, fingerprint: str) -> Path:

@@ -298,8 +298,9 @@ def update(inputs: Inputs, settings: Settings, out: Outbox) -> None:
     if improvement.first is not None:
         improvement.first = collected(improvement.first)
     out.stats |= {"steps": taken, **told(out.metrics), **_distances(table, improvement, out)}
-    checkpoint.save(model, tokenizer, out.path)
     save_state(optimizer, taken, out.path)
+    out.settle()
+    checkpoint.save(model, tokenizer, out.path)
     adapters.save(model, out.path / TRAINER)
     if average is not None:
         average.save(tokenizer, out.path)

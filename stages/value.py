@@ -320,8 +320,9 @@ def value(inputs: Inputs, settings: Settings, out: Outbox) -> None:
         taken = fit(model, objective, optimizer, schedule, plan, out.metrics, watch, progress)
         watch.end(taken)
     out.stats["steps"] = taken
-    checkpoint.save(model, Chat(start).tokenizer, out.path)
     save_state(optimizer, taken, out.path)
+    out.settle()
+    checkpoint.save(model, Chat(start).tokenizer, out.path)
     adapters.save(model, out.path / TRAINER)
 
 

@@ -227,25 +227,60 @@ def test_all_that_a_manifest_answers_for_is_on_the_disk_before_it_has_its_name(t
     out = checkpoint_of(tmp_path / "policy", {**large, "config.json": b"{}", "more/x.txt": b"x"})
     scratch = out.path.name
     made = out.commit()
-    last = ["manifest.json.tmp", scratch, tmp_path.name]
+    last = ["manifest.json", scratch, tmp_path.name]
     assert sorted(flushed[:-3]) == sorted([*large, "config.json", "x.txt"]) and flushed[-3:] == last
     for name, record in made.manifest.files.items():
         content = (made.path / name).read_bytes()
         assert (record.bytes, record.blake2b) == (len(content), hashlib.blake2b(content, digest_size=32).hexdigest())
 
 
-def test_what_the_disk_refuses_to_keep_is_not_committed(tmp_path, monkeypatch):
+def test_what_was_settled_is_neither_read_nor_flushed_again_unless_it_was_written_again(tmp_path, monkeypatch):
+    done, flushes, hashes = [], artifacts.flush, artifacts._hash_of._make
+    monkeypatch.setattr(artifacts, "flush", lambda path: done.append(("flushed", path.name)) or flushes(path))
+    monkeypatch.setattr(artifacts._hash_of, "_make", lambda path: done.append(("hashed", path.name)) or hashes(path))
+    once, again = (name * (artifacts.LARGE + 1) for name in (b"a", b"b"))
+    out = checkpoint_of(tmp_path / "policy", {"once": once, "again": b"before", "more/again": again})
+    out.settle()
+    (out.path / "again").write_bytes(again)
+    (out.path / "more/again").write_bytes(once)
+    (out.path / "after").write_bytes(b"after")
+    made = out.commit()
+    assert done.count(("flushed", "once")) == done.count(("hashed", "once")) == 1
+    assert done.count(("flushed", "again")) == 4 and done.count(("flushed", "after")) == 1
+    for name, content in {"once": once, "again": again, "more/again": once, "after": b"after"}.items():
+        assert made.manifest.files[name].blake2b == hashlib.blake2b(content, digest_size=32).hexdigest(), name
+
+
+@pytest.mark.parametrize("refused", ["config.json", "manifest.json", ".part-policy-abababab"])
+def test_what_the_disk_refuses_to_keep_is_not_committed(tmp_path, monkeypatch, refused):
     out = checkpoint_of(tmp_path / "policy", {"config.json": b"{}", "model.safetensors": b"x"})
 
-    def refused(path):
-        if path.name == "config.json":
+    def flush(path):
+        if path.name == refused:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(artifacts, "flush", refused)
+    monkeypatch.setattr(artifacts, "flush", flush)
     with pytest.raises(OSError, match="Input/output error"):
         out.commit()
     out.close()
-    assert not (tmp_path / "policy").exists() and not (out.path / "manifest.json").exists()
+    assert not (tmp_path / "policy").exists()
+    assert (out.path / "manifest.json").exists() == (refused != "config.json")
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+def test_parts_are_made_again_where_a_machine_went_down_with_what_was_known_of_them(tmp_path, monkeypatch, kept):
+    out = outbox(tmp_path / "x")
+    out.write(0, part("a"))
+    monkeypatch.setattr(Path, "rename", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        out.commit()
+    monkeypatch.undo()
+    out.close()
+    os.truncate(out.path / "manifest.json", kept)
+    again = outbox(tmp_path / "x")
+    assert list(again.shards(1)) == [0]
+    again.write(0, part("a"))
+    assert again.commit().table().num_rows == 1
 
 
 def test_large_files_that_were_damaged_are_found_whatever_else_is_gone(tmp_path):
