@@ -237,7 +237,7 @@ def taken_apart(prompts: int) -> dict[str, float]:
         "decode": (Chat, "decode"), "journal": (Journal, "add"), "tokenizer": (Chat, "__init__"),
         "tokenizer's digest": (Chat, "metadata"), "check": (Contract, "check"), "conform": (Contract, "conform"),
         "Parquet": (pq, "write_table"), "fsync": (pipeline.artifacts, "flush"),
-        "digest": (pipeline.artifacts, "_hash_of"), "measures": (stages.rollout, "_measure"),
+        "digest": (pipeline.artifacts._hash_of, "_make"), "measures": (stages.rollout, "_measure"),
         "commit": (Outbox, "commit"), "rows": (stages.rollout.Sampler, "_rows"),
     }  # fmt: skip
     with timed(watched) as spent:
