@@ -406,8 +406,7 @@ class Outbox:
     stats: dict[str, float] = field(default_factory=dict)
     _meanwhile: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(_AT_ONCE))
     _settled: dict[Path, FileIdentity] = field(init=False, default_factory=dict)
-    _flushing: list[Future[None]] = field(init=False, default_factory=list)
-    _hashing: list[Future[str]] = field(init=False, default_factory=list)
+    _settling: list[Future[Any]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.path = scratch_of(self.target, self.fingerprint)
@@ -495,14 +494,17 @@ class Outbox:
 
     def settle(self) -> None:
         """Have the files that are here put on the disk, and hashed, while the stage goes on to write others."""
-        for name in _names_in(self.path, self.working):
+        self._settle(_names_in(self.path, self.working))
+
+    def _settle(self, names: Iterable[str]) -> None:
+        for name in names:
             path = self.path / name
             if name in self.written or self._settled.get(path) == (now := identity(path)):
                 continue
             self._settled[path] = now
-            self._flushing.append(self._meanwhile.submit(flush, path))
-            if path.stat().st_size >= LARGE and path not in _hash_of:
-                self._hashing.append(self._meanwhile.submit(_hash_of, path))
+            self._settling.append(self._meanwhile.submit(flush, path))
+            if path.stat().st_size >= LARGE:
+                self._settling.append(self._meanwhile.submit(_hash_of, path))
 
     def parts(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """What has been written so far, part by part; an interrupted run's parts included."""
@@ -524,9 +526,11 @@ class Outbox:
         self.stats["seconds"] = round(time.monotonic() - self._started, 3)
         self.metrics.add("time/seconds", self.stats["seconds"], "s")
         self.metrics.write(self.path / METRICS_FILE)
-        self.settle()
-        _ended(self._hashing)
-        files = {name: file_record(self.path / name) for name in _names_in(self.path, self.working)}
+        names = _names_in(self.path, self.working)
+        self._settle(names)
+        for one in self._settling:
+            one.result()
+        files = _file_records(self.path, names)
         self._check_complete(files)
         if self.contract.is_table:
             self.stats["rows"] = sum(record.rows or 0 for record in files.values())
@@ -538,7 +542,6 @@ class Outbox:
         schema = pq.read_schema(self._part(0)) if self.contract.is_table else None
         about = card(manifest.model_dump(mode="json"), self.contract, schema, self.target.name)
         (self.path / CARD).write_text(about, encoding="utf-8")
-        _ended(self._flushing)
         (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         _manifest.learn(self.path / MANIFEST, manifest)
         storage.publish(self.path, self.target, (*files, *_ABOUT_THE_MAKING))
@@ -585,12 +588,6 @@ class Shadow(Outbox):
         """Throw everything away."""
         super().close()
         self._thrown_away.cleanup()
-
-
-def _ended(doing: Iterable[Future[Any]]) -> None:
-    """Wait for all of it. Raises what the first that failed has raised."""
-    for one in doing:
-        one.result()
 
 
 def scratch_of(target: Path, fingerprint: str) -> Path:
